@@ -1,0 +1,134 @@
+"""Feedback attention, the operator of the Sessa mixer (Horbatko, arXiv 2604.18580).
+
+Letters: B batch, H heads, T new positions, L past positions, S = L + T columns, K key width, P value width.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import choose
+from kernels.feedback.reference import feedback_reference, feedback_step
+
+__all__ = ["feedback_attention"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def feedback_attention(
+    q: Tensor,
+    k: Tensor,
+    f: Tensor,
+    gamma: Tensor,
+    *,
+    scale: float | None = None,
+    segment_ids: Tensor | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+    past_length: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Solve s_t = f_t + gamma_t * sum_{j<t} alpha_tj s_j, alpha the softmax of scale * <q_t, k_j> over j < t.
+
+    The feedback branch of arXiv 2604.18580. A position that sees nothing (the first of a sequence or
+    of a segment) has s_t = f_t. |gamma| < 1 keeps s bounded by max |f| / (1 - max |gamma|).
+
+    Args:
+        q: queries (B, H, T, K).
+        k: keys (B, H, T, K), of q's dtype.
+        f: input of the recurrence (B, H, T, P).
+        gamma: gain (B, H, T); float32 is right even where the others are bf16, in which 0.999 is 1.
+        scale: factor of the logits; None means K ** -0.5.
+        segment_ids: (B, T) int64, non-decreasing in each row; nothing flows between segments.
+        past: (k, s) of earlier positions, (B, H, L, K) and (B, H, L, P), of k's and f's dtypes; one
+            softmax runs over past and new positions. Not together with `segment_ids`.
+        past_length: (B,) int64, how many of the L past positions of each row are valid (the first
+            ones; the rest may hold anything finite); None means all.
+        return_lse: also return the natural log-sum-exp of each row's visible scaled logits.
+        backend: "auto", "chunked" or "reference".
+        chunk_size: rows per panel of the chunked backend; None lets it decide.
+
+    Returns:
+        s (B, H, T, P) in f's dtype; with `return_lse` also lse (B, H, T), float32 (float64 for float64
+        inputs), -inf where nothing is visible. Softmax, gain and solve have that precision too,
+        whatever autocast says.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or the backend cannot take the input.
+    """
+    _check(q, k, f, gamma, segment_ids, past, past_length, chunk_size)
+    choose("feedback_attention", backend, {"reference": lambda: None})
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    accumulate = torch.float32
+    for x in (q, f, gamma):
+        accumulate = torch.promote_types(accumulate, x.dtype)
+
+    with torch.autocast(q.device.type, enabled=False):
+        if past is not None and past[0].shape[2] > 0:
+            k_past, s_past = past
+            if q.shape[2] == 1:
+                s, lse = feedback_step(
+                    q, k_past, f, gamma, scale=scale, s_past=s_past, past_length=past_length,
+                    accumulate=accumulate, return_lse=return_lse,
+                )  # fmt: skip
+                return s if lse is None else (s, lse)
+            k = torch.cat([k_past, k], dim=2)  # (B, H, S, K)
+        else:
+            s_past = None
+        ids = segment_ids
+        if past_length is not None and s_past is not None:
+            ids = _past_ids(past_length, s_past.shape[2], q.shape[2])
+        s, lse = feedback_reference(
+            q, k, f, gamma, scale=scale, s_past=s_past, ids=ids,
+            accumulate=accumulate, return_lse=return_lse,
+        )  # fmt: skip
+    return s if lse is None else (s, lse)
+
+
+def _past_ids(past_length: Tensor, L: int, T: int) -> Tensor:
+    """Segment ids (B, S) that hide the padding of ragged caches: it is a segment that no row belongs to."""
+    hidden = torch.arange(L + T, device=past_length.device) >= past_length[:, None]  # (B, S)
+    hidden = hidden & (torch.arange(L + T, device=past_length.device) < L)
+    return -hidden.long()
+
+
+def _check(q, k, f, gamma, segment_ids, past, past_length, chunk_size) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}, expected (B, H, T, K)")
+    if f.ndim != 4:
+        raise ValueError(f"f has shape {tuple(f.shape)}, expected (B, H, T, P)")
+    B, H, T, K = q.shape
+    P = f.shape[3]
+    _expect("k", k, (B, H, T, K), "(B, H, T, K), as q", q.dtype, q.device)
+    _expect("f", f, (B, H, T, P), "(B, H, T, P), as q", None, q.device)
+    _expect("gamma", gamma, (B, H, T), "(B, H, T), as q", None, q.device)
+    for name, x in (("q", q), ("f", f), ("gamma", gamma)):
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}, expected one of {[str(d) for d in _DTYPES]}")
+    if segment_ids is not None:
+        if past is not None:
+            raise ValueError("segment_ids and past exclude each other: a continued sequence is one segment")
+        _expect("segment_ids", segment_ids, (B, T), "(B, T), as q", torch.int64, q.device)
+    if past is not None:
+        if len(past) != 2:
+            raise ValueError(
+                f"past has {len(past)} entries, expected two: keys and values of earlier positions"
+            )
+        L = past[0].shape[2] if past[0].ndim == 4 else 0
+        _expect("past[0]", past[0], (B, H, L, K), "(B, H, L, K)", k.dtype, q.device)
+        _expect("past[1]", past[1], (B, H, L, P), "(B, H, L, P), L as past[0]", f.dtype, q.device)
+    if past_length is not None:
+        if past is None:
+            raise ValueError("past_length is given without past")
+        _expect("past_length", past_length, (B,), "(B,)", torch.int64, q.device)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected None or at least 1")
+
+
+def _expect(name: str, x: Tensor, shape: tuple, letters: str, dtype: torch.dtype | None, device) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {letters}: {shape}")
+    if dtype is not None and x.dtype != dtype:
+        raise ValueError(f"{name} has dtype {x.dtype}, expected {dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} is on device {x.device}, expected {device}, as q")

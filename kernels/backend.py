@@ -1,0 +1,62 @@
+"""Which backend of an operator runs: the one place where that is decided."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+logger = logging.getLogger("mixerlab.kernels")
+
+# A plain global and not a contextvar: torch.compile can read it, and guards on its value.
+_override: str | None = None
+_logged: set[tuple[str, str, str]] = set()
+
+
+def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], str | None]]) -> str:
+    """Name of the backend that runs.
+
+    Args:
+        operator: the operator's name, for messages.
+        requested: a key of `backends`, or "auto": the first that can take the input.
+        backends: name -> a function that returns None if that backend can take the input, else the
+            reason why not; in order of preference.
+
+    Raises:
+        ValueError: `requested` is unknown, or cannot take the input, or no backend can.
+    """
+    wanted = _override if requested == "auto" and _override is not None else requested
+    if wanted != "auto" and wanted not in backends:
+        raise ValueError(f"{operator}: unknown backend {wanted!r}, expected one of {['auto', *backends]}")
+    refusals = {}
+    for name in backends if wanted == "auto" else [wanted]:
+        reason = backends[name]()
+        if reason is None:
+            _log_once(operator, requested, name)
+            return name
+        refusals[name] = reason
+    able = [name for name in backends if name not in refusals and backends[name]() is None]
+    why = "; ".join(f"backend {name!r} cannot take this input: {reason}" for name, reason in refusals.items())
+    raise ValueError(f"{operator}: {why} (backends that can: {able if able else 'none'})")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """What backend="auto" means inside this context, in all threads. A forced backend stays forced.
+
+    A backward pass that recomputes the forward pass (activation checkpointing) chooses again, so it
+    belongs inside the context too.
+    """
+    global _override
+    before, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+@torch.compiler.assume_constant_result  # runs while torch.compile traces, and leaves nothing in the graph
+def _log_once(operator: str, requested: str, chosen: str) -> None:
+    if (operator, requested, chosen) not in _logged:
+        _logged.add((operator, requested, chosen))
+        logger.info("%s: backend %s (requested: %s)", operator, chosen, requested)
