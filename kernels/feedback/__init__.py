@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import choose
+from kernels.feedback.chunked import feedback_chunked
 from kernels.feedback.reference import feedback_reference, feedback_step
 
 __all__ = ["feedback_attention"]
@@ -44,7 +45,8 @@ def feedback_attention(
             softmax runs over past and new positions. Not together with `segment_ids`.
         past_length: (B,) int64, how many of the L past positions of each row are valid (the first
             ones; the rest may hold anything finite); None means all.
-        return_lse: also return the natural log-sum-exp of each row's visible scaled logits.
+        return_lse: also return the natural log-sum-exp of each row's visible scaled logits; it carries no
+            gradient.
         backend: "auto", "chunked" or "reference".
         chunk_size: rows per panel of the chunked backend; None lets it decide.
 
@@ -57,32 +59,28 @@ def feedback_attention(
         ValueError: a shape, dtype or device does not fit, or the backend cannot take the input.
     """
     _check(q, k, f, gamma, segment_ids, past, past_length, chunk_size)
-    choose("feedback_attention", backend, {"reference": lambda: None})
+    name = choose("feedback_attention", backend, {"chunked": lambda: None, "reference": lambda: None})
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     accumulate = torch.float32
     for x in (q, f, gamma):
         accumulate = torch.promote_types(accumulate, x.dtype)
 
+    s_past, ids = None, segment_ids
     with torch.autocast(q.device.type, enabled=False):
         if past is not None and past[0].shape[2] > 0:
             k_past, s_past = past
             if q.shape[2] == 1:
                 s, lse = feedback_step(
-                    q, k_past, f, gamma, scale=scale, s_past=s_past, past_length=past_length,
-                    accumulate=accumulate, return_lse=return_lse,
-                )  # fmt: skip
+                    q, k_past, f, gamma, s_past, past_length, scale, accumulate, return_lse
+                )
                 return s if lse is None else (s, lse)
             k = torch.cat([k_past, k], dim=2)  # (B, H, S, K)
+            ids = None if past_length is None else _past_ids(past_length, s_past.shape[2], q.shape[2])
+        if name == "chunked":
+            s, lse = feedback_chunked(q, k, f, gamma, s_past, ids, scale, accumulate, chunk_size)
         else:
-            s_past = None
-        ids = segment_ids
-        if past_length is not None and s_past is not None:
-            ids = _past_ids(past_length, s_past.shape[2], q.shape[2])
-        s, lse = feedback_reference(
-            q, k, f, gamma, scale=scale, s_past=s_past, ids=ids,
-            accumulate=accumulate, return_lse=return_lse,
-        )  # fmt: skip
-    return s if lse is None else (s, lse)
+            s, lse = feedback_reference(q, k, f, gamma, s_past, ids, scale, accumulate, return_lse)
+    return (s, lse) if return_lse and lse is not None else s
 
 
 def _past_ids(past_length: Tensor, L: int, T: int) -> Tensor:

@@ -12,10 +12,9 @@ def feedback_reference(
     k: Tensor,
     f: Tensor,
     gamma: Tensor,
-    *,
-    scale: float,
     s_past: Tensor | None,
     ids: Tensor | None,
+    scale: float,
     accumulate: torch.dtype,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -57,7 +56,7 @@ def feedback_reference(
 
     lse = None
     if return_lse:
-        lse = logits.to(accumulate).logsumexp(-1).masked_fill(empty, float("-inf"))
+        lse = logits.detach().to(accumulate).logsumexp(-1).masked_fill(empty, float("-inf"))
     return s.to(f.dtype), lse
 
 
@@ -66,10 +65,9 @@ def feedback_step(
     k_past: Tensor,
     f: Tensor,
     gamma: Tensor,
-    *,
-    scale: float,
     s_past: Tensor,
     past_length: Tensor | None,
+    scale: float,
     accumulate: torch.dtype,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +88,7 @@ def feedback_step(
 
     lse = None
     if return_lse:
-        lse = logits.logsumexp(-1)  # (B, H, 1)
+        lse = logits.detach().logsumexp(-1)  # (B, H, 1)
         if past_length is not None:
             lse = lse.masked_fill(past_length[:, None, None] == 0, float("-inf"))
     return s, lse
