@@ -1,0 +1,80 @@
+"""The contract between training and the data it reads.
+
+Letters: T input positions of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from data.tokenizers import TextTokenizer
+
+IGNORE = -100
+"""The label of a position that carries no loss."""
+
+
+class DataError(Exception):
+    """Data that cannot be used. The message is for the user: the key, its value and what would be right."""
+
+
+class DataModule(ABC):
+    """Datasets for training and validation, and what a decoder must know about them.
+
+    Sample i of a split is a pure function of (seed, split, i); which samples make a batch, and in which
+    order, is decided by the training side. A sample is a dict of int64 tensors:
+
+        input_ids    (T,)
+        labels       (T,)  what position t must predict, already shifted; -100 where there is no loss
+        segment_ids  (T,)  only where a row packs several documents: non-decreasing from 0
+
+    `prepare` runs in one process, then `setup` in every process, and then the datasets are asked for.
+    """
+
+    seq_len: int
+    """T, the input positions of a row."""
+
+    tokenizer: TextTokenizer | None = None
+    """Text to token ids and back; None where tokens are not text, and before `setup` if it is trained."""
+
+    token_bytes: Tensor | None = None
+    """(V,) int64, the bytes of text each token stands for, 0 for the end of a document; None without text."""
+
+    config: Any
+    seed: int
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """V. Needs no data before `setup` (a dry run may ask); exact after it."""
+
+    def prepare(self, run_dir: Path | None = None) -> None:  # noqa: B027  (many modules need none)
+        """Downloads, trains the tokenizer and fills the cache, in the main process only; does nothing twice.
+
+        With `run_dir`, the tokenizer is saved there too. Raises DataError.
+        """
+
+    def setup(self) -> None:  # noqa: B027
+        """Opens, in any process, what `prepare` wrote."""
+
+    @abstractmethod
+    def train_dataset(self) -> Dataset[dict[str, Tensor]]:
+        """The map-style dataset to train on."""
+
+    @abstractmethod
+    def val_datasets(self) -> dict[str, Dataset[dict[str, Tensor]]]:
+        """Map-style datasets to validate on, by name; the main one is "valid"."""
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer, if there is one, so that `load_tokenizer(folder)` needs nothing else."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
