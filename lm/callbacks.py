@@ -1,0 +1,246 @@
+"""What watches a run: metrics, sample text, checkpoints and the progress bar."""
+
+from __future__ import annotations
+
+import csv
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from data import TextTokenizer
+from lm.generate import stream_texts
+from lm.module import Batch, LanguageModel
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets."""
+
+
+class CSVMetrics(Logger):
+    """Appends `step,metric,value` lines to metrics.csv; a resumed run goes on below and drops what it repeats."""
+
+    def __init__(self, run: Path, first_step: int = 0):
+        super().__init__()
+        self.path = run / "metrics.csv"
+        kept = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                kept = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit()]
+        with self.path.open("w", newline="") as file:
+            csv.writer(file).writerows(
+                [("step", "metric", "value"), *(r for r in kept if int(r[0]) <= first_step)]
+            )
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The run folder holds the recipe."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerows((step, name, f"{value:.8g}") for name, value in metrics.items())
+
+
+class Metrics(Callback):
+    """Logs what the training steps did: loss and its kin, gradient norm, speed, memory."""
+
+    def __init__(self, every: int, flops_per_token: float):
+        self.every = every
+        self.flops_per_token = flops_per_token
+        self.tokens_per_second = 0.0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._began = 0.0
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.perf_counter()
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer, pl_module: LanguageModel, outputs, batch: Batch, batch_idx: int
+    ) -> None:
+        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        step = trainer.global_step
+        if step == self._step:
+            return  # in the middle of an accumulation
+        self._step = step
+        if step % self.every and step != 1 and step != trainer.max_steps:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - self._began
+        self.tokens_per_second = self._tokens / self._seconds
+        metrics = {f"train/{name}": float(value) for name, value in pl_module.step_metrics.items()}
+        metrics["speed/tokens_per_second"] = self.tokens_per_second
+        if torch.cuda.is_available():
+            metrics["memory/peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            name = torch.cuda.get_device_name()
+            peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+            if peak is not None:
+                used = self.flops_per_token * self.tokens_per_second / trainer.world_size
+                metrics["speed/MFU"] = used / peak
+        else:
+            unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss: bytes there, KiB on Linux
+            metrics["memory/peak_GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+        self._tokens, self._seconds, self._began = 0, 0.0, time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seconds += time.perf_counter() - self._began
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.perf_counter()
+
+
+class SampleText(Callback):
+    """Writes a sample of the model's text at each validation."""
+
+    def __init__(self, tokenizer: TextTokenizer, prompt: str, tokens: int):
+        self.tokenizer, self.prompt, self.tokens = tokenizer, prompt, tokens
+        self.latest = ""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        pieces = stream_texts(
+            pl_module.decoder,
+            self.tokenizer,
+            [self.prompt],
+            max_new_tokens=self.tokens,
+            temperature=0.8,
+            top_p=0.95,
+        )
+        self.latest = self.prompt + "".join(text for _, text in pieces)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # Indented text is a code block in the page's Markdown: no line break is lost.
+                block = "\n".join("    " + line for line in self.latest.splitlines())
+                logger.experiment.add_text("sample", block, trainer.global_step)
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that never saves in the middle of an accumulation.
+
+    After a resume Lightning's first micro-batch would save the step it resumed from a second time, from inside
+    the next one, over the good file.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
+
+class StopAtTheEnd(Callback):
+    """Makes the last step end with a validation, wherever it falls between two."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+
+
+class StepProgress(ProgressBar):
+    """One line: step of all steps, loss, last validation, tokens per second, time left.
+
+    Where the output is no terminal, a line of text at every log interval instead.
+    """
+
+    def __init__(self, metrics: Metrics, console: Console | None = None):
+        super().__init__()
+        self.metrics = metrics
+        self.console = console or Console()
+        self._progress: Progress | None = None
+        self._valid = ""
+        self._printed = 0
+
+    def disable(self) -> None:
+        """Lightning calls this on all processes but the first."""
+        self.console.quiet = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.console,
+            speed_estimate_period=120,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(
+            "train", total=trainer.max_steps, completed=trainer.global_step, text=""
+        )
+
+    def on_train_batch_end(
+        self, trainer, pl_module: LanguageModel, outputs, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        if step == self._printed:
+            return
+        self._printed = step
+        text = f"loss {float(pl_module.step_metrics['loss']):.3f}{self._valid} · {self._speed()}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, text=text)
+        elif step % self.metrics.every == 0 or step in (1, trainer.max_steps):
+            self.console.print(f"step {step}/{trainer.max_steps} · {text}", highlight=False)
+
+    def _speed(self) -> str:
+        speed = self.metrics.tokens_per_second
+        return f"{speed / 1e6:.2f}M tokens/s" if speed >= 1e6 else f"{speed / 1e3:.1f}k tokens/s"
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, description="validate")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        measured = trainer.callback_metrics
+        name = next(
+            (n for n in ("valid/bits_per_byte", "valid/accuracy", "valid/loss") if n in measured), None
+        )
+        if name is None:
+            return
+        self._valid = f" · {name.replace('_', ' ')} {float(measured[name]):.3f}"
+        if self._progress is not None:
+            self._progress.update(self._task, description="train")
+        else:
+            self.console.print(
+                f"step {trainer.global_step}/{trainer.max_steps}{self._valid}", highlight=False
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

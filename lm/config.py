@@ -1,0 +1,473 @@
+"""Recipes: the dataclasses that are their schema, and the merging and checking that turns files into one.
+
+Defaults, then the `base:` recipe, then the recipe, then the command line. Every error is a ConfigError whose
+message names the key's full path, the value, and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.registry import data_config, data_names
+from mixers.registry import mixer_class, mixer_config, mixer_names, one_of
+
+
+class ConfigError(Exception):
+    """A recipe or command line that cannot be run; the message is for the user."""
+
+
+@dataclass
+class ModelConfig:
+    d_model: int = field(default=256, metadata={"help": "width of the residual stream", "min": 1})
+    n_layers: int = field(default=4, metadata={"help": "number of blocks", "min": 1})
+    mixer: Any = field(
+        default="sessa",
+        metadata={
+            "help": "a mixer's name, a mapping with `name` and options, or a list of those, repeated over depth"
+        },
+    )
+    block: Literal["gated", "transformer"] = field(
+        default="gated",
+        metadata={"help": "what surrounds the mixer: the Sessa paper's gated block, or mixer then MLP"},
+    )
+    mlp: Literal["swiglu", "gelu", "none"] = field(
+        default="swiglu", metadata={"help": "MLP of the transformer block (the gated block has none)"}
+    )
+    mlp_width: int | None = field(
+        default=None,
+        metadata={"help": "hidden width of the MLP; null: 4 d_model, or 8/3 for swiglu", "min": 1},
+    )
+    norm: Literal["layernorm", "rmsnorm"] = field(default="layernorm", metadata={"help": "normalisation"})
+    tie_embeddings: bool = field(default=True, metadata={"help": "use the embedding matrix as the head"})
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "dropout on the embedding and every residual addition", "min": 0, "below": 1},
+    )
+    init_std: float = field(
+        default=0.02, metadata={"help": "standard deviation of the initial weights", "above": 0}
+    )
+
+
+@dataclass
+class OptimConfig:
+    lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW", "above": 0})
+    betas: tuple[float, float] = field(
+        default=(0.9, 0.95), metadata={"help": "decay of AdamW's two averages"}
+    )
+    eps: float = field(default=1e-8, metadata={"help": "AdamW's epsilon", "above": 0})
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "decoupled weight decay; norms, biases and gains are spared", "min": 0}
+    )
+    schedule: Literal["cosine", "wsd", "constant"] = field(
+        default="cosine",
+        metadata={"help": "learning rate after warm-up: cosine, warm-up-stable-decay, or constant"},
+    )
+    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up", "min": 0})
+    decay_fraction: float = field(
+        default=0.2,
+        metadata={"help": "wsd: share of the steps in which the rate falls linearly", "min": 0, "max": 1},
+    )
+    final_lr_ratio: float = field(
+        default=0.1, metadata={"help": "learning rate at the end, as a share of the peak", "min": 0, "max": 1}
+    )
+    grad_clip: float | None = field(
+        default=1.0, metadata={"help": "largest norm of the gradient; null: no clipping", "above": 0}
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield "betas", "expected two numbers of at least 0 and below 1"
+
+
+@dataclass
+class TrainerConfig:
+    steps: int | None = field(
+        default=None,
+        metadata={"help": "optimiser steps to train; give exactly one of steps, epochs, tokens", "min": 1},
+    )
+    epochs: float | None = field(
+        default=None, metadata={"help": "passes over the training split", "above": 0}
+    )
+    tokens: float | None = field(
+        default=None,
+        metadata={"help": "input positions to train on, over all devices (1e9 is allowed)", "above": 0},
+    )
+    batch_size: int = field(default=16, metadata={"help": "rows per device and micro-batch", "min": 1})
+    accumulate: int = field(default=1, metadata={"help": "micro-batches per optimiser step", "min": 1})
+    precision: Literal["32", "bf16-mixed", "bf16-true"] = field(
+        default="32",
+        metadata={
+            "help": "float32; bf16 arithmetic on float32 weights; or bf16 weights (norms and gains float32)"
+        },
+    )
+    compile: bool = field(default=False, metadata={"help": "torch.compile each block, in place"})
+    activation_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "recompute each block's activations in the backward pass to save memory"},
+    )
+    val_every: int = field(
+        default=500, metadata={"help": "steps between validations (one more at the end)", "min": 1}
+    )
+    val_batches: int | None = field(
+        default=None, metadata={"help": "validation batches per loader; null: the whole split", "min": 1}
+    )
+    checkpoint_every: int = field(
+        default=500, metadata={"help": "steps between writes of last.ckpt", "min": 1}
+    )
+    num_workers: int = field(default=0, metadata={"help": "data loading processes per device", "min": 0})
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        given = [name for name in HORIZONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            yield (
+                given[-1] if given else "steps",
+                "expected exactly one of trainer.steps, trainer.epochs, trainer.tokens",
+            )
+
+
+HORIZONS = ("steps", "epochs", "tokens")
+
+
+@dataclass
+class StrategyConfig:
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = field(
+        default="auto", metadata={"help": "kind of device"}
+    )
+    devices: int = field(default=1, metadata={"help": "devices to train on", "min": 1, "max": 1})
+
+
+@dataclass
+class LoggingConfig:
+    dir: str = field(default="runs", metadata={"help": "folder under which run folders are made"})
+    every: int = field(default=10, metadata={"help": "steps between logged training metrics", "min": 1})
+    sample_prompt: str = field(
+        default="", metadata={"help": "prompt of the sample text written at each validation"}
+    )
+    sample_tokens: int = field(
+        default=128, metadata={"help": "tokens of the sample text; 0: no sample", "min": 0}
+    )
+
+
+@dataclass
+class Recipe:
+    name: str | None = field(
+        default=None, metadata={"help": "name of the run's folder; null: the recipe file's name"}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "seed of the weights, the data's order and dropout", "min": 0}
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: continue the newest unfinished run of this name and recipe; or a run folder"
+        },
+    )
+    plugins: list[str] = field(
+        default_factory=list,
+        metadata={"help": "modules to import first; they may register mixers and data modules"},
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Any = field(
+        default="text", metadata={"help": "a data module's name, or a mapping with `name` and options"}
+    )
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe, its bases and `key=value` overrides; returns it checked and whole.
+
+    `model.mixer` and `data` come back as plain mappings (or a list of them) with every option filled in.
+    Raises ConfigError.
+    """
+    path = Path(path)
+    defaults = {"model": {"mixer": ModelConfig.mixer}, "data": Recipe.data}
+    raw = _merge(defaults, _read_with_bases(path, ()))
+    for override in overrides:
+        raw = _merge(raw, _parse_override(override))
+    try:
+        raw = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)  # interpolations
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from None
+    _import_plugins(raw.get("plugins"))
+    recipe = check_recipe(raw)
+    if recipe.name is None:
+        recipe.name = path.stem
+    return recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as plain mappings, lists and numbers."""
+    return _plain(recipe)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The whole recipe as YAML; training from this text repeats the run."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The leaves in which two recipes (as from `to_dict`) differ: (full key, value in a, value in b)."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys([*a, *b]):
+            yield from differing_keys(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+    elif a != b:
+        yield path, a, b
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"recipe {path}: no such file{_near_file(path)}")
+    if path.resolve() in seen:
+        raise ConfigError(f"base: {path} is its own base, by way of {' -> '.join(map(str, seen))}")
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        what = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"recipe {path}:{where} not valid YAML: {what}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"recipe {path}: expected a mapping of sections, found {type(raw).__name__}")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"base = {base!r} in {path}: expected the path of a recipe, relative to this one")
+    return _merge(_read_with_bases(path.parent / base, (*seen, path.resolve())), raw)
+
+
+def _near_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f" (nor is there a folder {folder})"
+    names = sorted(p.name for p in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(path.name, names, n=1)
+    if near:
+        return f"; did you mean {folder / near[0]}?"
+    return f"; recipes there: {', '.join(names)}" if names else f"; {folder} holds no recipes"
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, _ = override.partition("=")
+    if not equals or not all(part.isidentifier() for part in key.split(".")):
+        raise ConfigError(f"override {override!r}: expected key=value, such as model.mixer=attention")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)  # type: ignore[return-value]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"override {override!r}: the value is not valid YAML: {_first_line(error)}"
+        ) from None
+
+
+def _merge(old: Any, new: Any, path: str = "") -> Any:
+    """`new` laid over `old`. Another choice in a section, or another horizon, drops what belonged to the old."""
+    is_choice = path in ("data", "model.mixer")
+    if is_choice and isinstance(old, str) and isinstance(new, dict):
+        old = {"name": old}
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    if is_choice and "name" in new and new["name"] != old.get("name"):
+        return new
+    merged = dict(old)
+    if path == "trainer" and any(new.get(name) is not None for name in HORIZONS):
+        merged = {key: value for key, value in merged.items() if key not in HORIZONS}
+    for key, value in new.items():
+        merged[key] = (
+            _merge(merged[key], value, f"{path}.{key}" if path else str(key)) if key in merged else value
+        )
+    return merged
+
+
+def _import_plugins(plugins: Any) -> None:
+    if plugins is None:
+        return
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        raise ConfigError(f"plugins = {plugins!r}: expected a list of module names")
+    for name in plugins:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a plug-in does, the message must name it
+            kind = type(error).__name__
+            raise ConfigError(f"plugins: importing {name!r} failed: {kind}: {_first_line(error)}") from error
+
+
+# --------------------------------------------------------------------------------------------- checking
+
+
+def check_recipe(raw: Mapping[str, Any]) -> Recipe:
+    """Plain mappings -> Recipe, or ConfigError at the first thing that is wrong."""
+    recipe = _check_dataclass(Recipe, raw, "")
+    _report_problems(recipe.optim, "optim")
+    _report_problems(recipe.trainer, "trainer")
+    recipe.model.mixer = _check_mixers(recipe.model.mixer, recipe.model.d_model)
+    recipe.data = _check_choice(recipe.data, "data", "data module", data_names(), data_config)
+    if recipe.data.get("pack"):
+        for spec in recipe.model.mixer if isinstance(recipe.model.mixer, list) else [recipe.model.mixer]:
+            if not mixer_class(spec["name"]).supports_segments:
+                raise ConfigError(
+                    f"data.pack = true: mixer {spec['name']!r} cannot keep packed documents apart; set data.pack=false"
+                )
+    return recipe
+
+
+def _check_mixers(value: Any, d_model: int) -> Any:
+    if isinstance(value, list):
+        if not value:
+            raise ConfigError(
+                f"model.mixer = []: expected at least one mixer; valid: {', '.join(mixer_names())}"
+            )
+        return [_check_mixer(item, f"model.mixer[{i}]", d_model) for i, item in enumerate(value)]
+    return _check_mixer(value, "model.mixer", d_model)
+
+
+def _check_mixer(value: Any, path: str, d_model: int) -> dict[str, Any]:
+    return _check_choice(value, path, "mixer", mixer_names(), mixer_config, d_model)
+
+
+def _report_problems(config: Any, path: str, *context: Any) -> None:
+    for option, expected in getattr(config, "problems", lambda *_: ())(*context):
+        raise ConfigError(f"{path}.{option} = {_show(getattr(config, option))}: {expected}")
+
+
+def _check_choice(
+    value: Any, path: str, kind: str, names: list[str], schema_of: Callable[[str], type], *context: Any
+) -> dict[str, Any]:
+    """A name, or a mapping with a name -> the mapping with every option of that choice filled in."""
+    options = {"name": value} if isinstance(value, str) else value
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"{path} = {_show(value)}: expected a {kind}'s name or a mapping; valid: {', '.join(names)}"
+        )
+    if "name" not in options:
+        raise ConfigError(f"{path}.name is missing: {one_of('', names)}")
+    name = options["name"]
+    if name not in names:
+        raise ConfigError(f"{path} = {_show(name)}: no such {kind}; {one_of(name, names)}")
+    rest = {key: v for key, v in options.items() if key != "name"}
+    config = _check_dataclass(schema_of(name), rest, path)
+    _report_problems(config, path, *context)
+    return {"name": name, **_plain(config)}
+
+
+def _check_dataclass(schema: type, raw: Any, path: str) -> Any:
+    """A mapping -> an instance of the dataclass `schema`; its sections are checked in turn."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path} = {_show(raw)}: expected a mapping with keys {', '.join(_names(schema))}")
+    dot = f"{path}." if path else ""
+    hints = typing.get_type_hints(schema)
+    values = {}
+    for key in raw:
+        if key not in _names(schema):
+            shown = "" if isinstance(raw[key], (dict, list)) else f" = {_show(raw[key])}"
+            raise ConfigError(f"{dot}{key}{shown}: no such key; {one_of(key, _names(schema))}")
+    for item in fields(schema):
+        full_key, kind = dot + item.name, hints[item.name]
+        if is_dataclass(kind):
+            values[item.name] = _check_dataclass(typing.cast(type, kind), raw.get(item.name) or {}, full_key)
+        elif item.name in raw:
+            values[item.name] = _check_value(raw[item.name], kind, item.metadata, full_key)
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"{full_key} is missing: expected {_describe(kind)} ({item.metadata['help']})")
+    return schema(**values)
+
+
+def _check_value(value: Any, kind: Any, limits: Mapping[str, Any], path: str) -> Any:
+    converted = _convert(value, kind)
+    if converted is MISSING:
+        choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"{path} = {_show(value)}: expected {_describe(kind)}{hint}")
+    bounds = [
+        ("min", "at least", lambda v, b: v >= b),
+        ("max", "at most", lambda v, b: v <= b),
+        ("above", "above", lambda v, b: v > b),
+        ("below", "below", lambda v, b: v < b),
+    ]
+    given = [(words, limits[name], holds) for name, words, holds in bounds if name in limits]
+    if isinstance(converted, (int, float)) and not all(holds(converted, bound) for _, bound, holds in given):
+        raise ConfigError(
+            f"{path} = {_show(value)}: expected {' and '.join(f'{w} {b}' for w, b, _ in given)}"
+        )
+    return converted
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as an instance of the type `kind`, or MISSING. No conversion loses anything."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return next((c for arm in args if (c := _convert(value, arm)) is not MISSING), MISSING)
+    if kind is types.NoneType:
+        return None if value is None else MISSING
+    if origin is Literal:
+        return next(
+            (choice for choice in args if _show(choice) == _show(value) or str(value) == choice), MISSING
+        )
+    if origin is list and isinstance(value, list):
+        items = [_convert(item, args[0]) for item in value]
+        return MISSING if MISSING in items else items
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
+        items = [_convert(item, arm) for item, arm in zip(value, args, strict=True)]
+        return MISSING if MISSING in items else tuple(items)
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return value if kind in (str, bool) and isinstance(value, kind) else MISSING
+
+
+def _describe(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+    if kind in names:
+        return names[kind]
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_describe(arm) for arm in args)
+    if origin is list:
+        return f"a list, each item {_describe(args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)}, each {_describe(args[0])}"
+    return str(kind)
+
+
+def _names(schema: type) -> list[str]:
+    return [f.name for f in fields(schema)]
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

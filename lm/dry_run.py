@@ -1,0 +1,95 @@
+"""What a recipe would cost, found by building it and running one batch of random tokens through it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lm.config import Recipe
+from lm.optim import build_optimizer
+from lm.precision import to_bf16
+from lm.run import new_run_dir
+from lm.training import accelerator, make_data, make_decoder
+
+GIB = 2**30
+
+
+def dry_run(recipe: Recipe, console: Console) -> None:
+    """Prints parameters by group, FLOPs per token, memory and the run folder. Touches no data, writes nothing."""
+    device = "cuda" if accelerator(recipe) == "gpu" else "cpu"
+    data = make_data(recipe)
+    decoder = make_decoder(recipe, data.vocab_size).to(device)
+    low = recipe.trainer.precision != "32"
+    if recipe.trainer.precision == "bf16-true":
+        to_bf16(decoder)
+    build_optimizer(decoder, recipe.optim)
+    batch, seq_len = recipe.trainer.batch_size, data.seq_len
+
+    ids = torch.randint(
+        data.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(recipe.seed)
+    )
+    ids = ids.to(device)
+    segment_ids = torch.zeros_like(ids[:, 1:]) if recipe.data.get("pack") else None
+    kept = _SavedBytes(decoder)
+    with torch.autocast(device, torch.bfloat16, enabled=low), kept:
+        nll, _ = decoder(ids[:, :-1], ids[:, 1:], segment_ids)
+    nll.mean().backward()
+
+    groups = decoder.parameter_groups()
+    total = sum(groups.values())
+    table = Table(
+        "parameters", "number", "share", title=f"{recipe.name}: dry run on {device}", title_justify="left"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group, number in groups.items():
+        table.add_row(group, f"{number:,}", f"{number / total:.1%}")
+    table.add_row("[bold]all", f"[bold]{total:,}", "")
+    console.print(table)
+
+    forward = decoder.flops(seq_len) / seq_len
+    weights = sum(p.nbytes for p in decoder.parameters())
+    rows = {
+        "loss of random tokens": f"{nll.mean().item():.3f} nats (uniform: {math.log(data.vocab_size):.3f})",
+        "FLOPs per token": f"forward {_si(forward)}, training {_si(3 * forward)}",
+        "one step": f"{batch} x {recipe.trainer.accumulate} rows of {seq_len} tokens, "
+        f"{_si(3 * forward * batch * recipe.trainer.accumulate * seq_len)} FLOPs",
+        "memory": f"weights {_gib(weights)}, gradients {_gib(weights)}, optimiser {_gib(2 * weights)}, "
+        f"kept for the backward pass {_gib(kept.bytes)}",
+        "outputs would go to": str(new_run_dir(recipe)),
+    }
+    if device == "cuda":
+        rows["peak on the GPU"] = _gib(torch.cuda.max_memory_allocated())
+    for what, text in rows.items():
+        console.print(f"[bold]{what}[/bold]: {text}", highlight=False, soft_wrap=True)
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what the forward pass keeps for the backward pass, each storage once, parameters apart."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._seen = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.bytes = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)
+
+
+def _si(number: float) -> str:
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"
+
+
+def _gib(number: float) -> str:
+    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.1f} MiB"

@@ -1,0 +1,148 @@
+"""Run folders: what a training run leaves behind, and how to read it again.
+
+runs/<recipe name>/<run id>/
+    recipe.yaml         the whole recipe; training from it repeats the run
+    environment.json    versions, device, git commit
+    checkpoints/        last.ckpt, best.ckpt
+    tokenizer.json      where the data has a tokenizer
+    metrics.csv         step, metric, value
+    events.out.*        TensorBoard
+    result.json         the final metrics; its presence marks a finished run
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from data import load_tokenizer
+from lm.config import ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
+from lm.decoder import Decoder
+from lm.precision import to_bf16
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+def new_run_dir(recipe: Recipe) -> Path:
+    """The folder a new run would get: named by the time, with a number behind it if that is taken."""
+    folder = Path(recipe.logging.dir) / str(recipe.name)
+    name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    path, n = folder / name, 1
+    while path.exists():
+        n += 1
+        path = folder / f"{name}-{n}"
+    return path
+
+
+def create_run(recipe: Recipe) -> Path:
+    """Makes the run folder and writes down the recipe and the environment."""
+    run = new_run_dir(recipe)
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+    return run
+
+
+def environment() -> dict[str, str | None]:
+    """Versions, device and commit: what is needed to tell why two runs differ."""
+    packages = ("torch", "lightning", "triton", "torchmetrics", "tokenizers", "datasets", "numpy")
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "python": sys.version.split()[0],
+        **{name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "threads": str(torch.get_num_threads()),
+        "git_commit": git.stdout.strip() or None,
+        "command": " ".join(sys.argv),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None
+
+
+def find_resumable(recipe: Recipe) -> Path | None:
+    """The run folder that `resume` asks for, or None if a new run should start.
+
+    "auto" takes the newest unfinished run of the same name and recipe that has a checkpoint. Raises ConfigError
+    if a folder is named that cannot be continued.
+    """
+    if recipe.resume is None:
+        return None
+    if recipe.resume != "auto":
+        run = Path(recipe.resume)
+        check_run(run)
+        differing = [d for d in _differences(run, recipe) if d[0].split(".")[0] in ("model", "data", "seed")]
+        if differing:
+            listed = "; ".join(f"{key} was {a!r} and is now {b!r}" for key, a, b in differing)
+            raise ConfigError(f"resume = {recipe.resume!r}: that run has another recipe: {listed}")
+        return run
+    folder = Path(recipe.logging.dir) / str(recipe.name)
+    for run in sorted(folder.glob("*/"), key=lambda path: path.name, reverse=True):
+        unfinished = (run / "checkpoints" / LAST).is_file() and not (run / "result.json").exists()
+        if unfinished and (run / "recipe.yaml").is_file() and not _differences(run, recipe):
+            return run
+    return None
+
+
+def _differences(run: Path, recipe: Recipe):
+    before = to_dict(load_recipe(run / "recipe.yaml"))
+    return [
+        d for d in differing_keys(before, to_dict(recipe)) if d[0] not in ("resume", "name", "logging.dir")
+    ]
+
+
+def check_run(run: Path) -> None:
+    """Raises ConfigError unless `run` is a run folder with a checkpoint."""
+    if not run.is_dir():
+        raise ConfigError(f"run folder {run}: no such folder; expected runs/<recipe name>/<run id>")
+    for part in ("recipe.yaml", f"checkpoints/{LAST}"):
+        if not (run / part).is_file():
+            raise ConfigError(f"run folder {run}: it has no {part}, so there is nothing to load")
+
+
+def load_decoder(run: Path, device: str = "cpu", checkpoint: str = LAST) -> tuple[Decoder, Recipe]:
+    """The trained decoder of a run, in evaluation mode, and its recipe. Raises ConfigError."""
+    check_run(run)
+    recipe = load_recipe(run / "recipe.yaml")
+    path = run / "checkpoints" / checkpoint
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
+        raise ConfigError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
+    weights = {
+        key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")
+    }
+    decoder = build_decoder(recipe, vocab_size=weights["embedding.weight"].shape[0])
+    if recipe.trainer.precision == "bf16-true":
+        to_bf16(decoder)
+    decoder.load_state_dict(weights)
+    return decoder.to(device).eval(), recipe
+
+
+def build_decoder(recipe: Recipe, vocab_size: int) -> Decoder:
+    """The recipe's decoder, not yet initialised."""
+    return Decoder(vocab_size, **vars(recipe.model))
+
+
+def load_run_tokenizer(run: Path):
+    """The tokenizer saved in the run. Raises ConfigError if its data had none."""
+    try:
+        return load_tokenizer(run)
+    except FileNotFoundError as error:
+        raise ConfigError(f"run folder {run}: it has no tokenizer, so its tokens are not text") from error

@@ -1,0 +1,200 @@
+"""From a recipe to a trained model in a run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault(
+    "POSSIBLE_USER_WARNINGS", "off"
+)  # Lightning's "possibly unintended" hints; before its import
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from data import DataModule, build_data, data_config
+from lm.batches import Loaders
+from lm.callbacks import CSVMetrics, Metrics, SampleText, StepCheckpoint, StepProgress, StopAtTheEnd
+from lm.config import ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
+from lm.decoder import Decoder
+from lm.module import LanguageModel
+from lm.parallel import parallelize
+from lm.precision import BF16Weights
+from lm.run import BEST, LAST, build_decoder, create_run, find_resumable
+
+
+@dataclass
+class Result:
+    run: Path
+    steps: int
+    metrics: dict[str, float]
+    sample: str
+
+
+def make_data(recipe: Recipe) -> DataModule:
+    """The recipe's data module; touches no data."""
+    return build_data(data_config(recipe.data["name"])(**recipe.data), recipe.seed)
+
+
+def make_decoder(recipe: Recipe, vocab_size: int) -> Decoder:
+    """The recipe's decoder, initialised, with checkpointing and compilation as the recipe says."""
+    decoder = build_decoder(recipe, vocab_size)
+    decoder.initialize(recipe.seed)
+    parallelize(decoder, recipe.trainer)
+    return decoder
+
+
+def count_steps(recipe: Recipe, n_rows: int, seq_len: int) -> int:
+    """Optimiser steps of the run: the recipe's steps, epochs or tokens, rounded up."""
+    trainer = recipe.trainer
+    rows_per_step = trainer.batch_size * trainer.accumulate
+    if trainer.steps is not None:
+        return trainer.steps
+    if trainer.epochs is not None:
+        return math.ceil(trainer.epochs * n_rows / rows_per_step)
+    assert trainer.tokens is not None
+    return math.ceil(trainer.tokens / (rows_per_step * seq_len))
+
+
+def accelerator(recipe: Recipe) -> str:
+    """ "gpu" or "cpu". Raises ConfigError for a GPU that is not there."""
+    wanted = recipe.strategy.accelerator
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "strategy.accelerator = 'gpu': no CUDA device is available here; expected auto or cpu"
+        )
+    return "gpu" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def train(recipe: Recipe, console: Console) -> Result:
+    """Trains, or continues where `resume` says; returns what was reached.
+
+    Raises ConfigError and DataError before training, NonFiniteError in it.
+    """
+    quiet_libraries()
+    kind = accelerator(recipe)
+    resumed = find_resumable(recipe)
+    if resumed is not None:
+        _say_what_differs(resumed, recipe, console)
+    elif recipe.resume == "auto":
+        console.print(f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one")
+    data = make_data(recipe)
+    data.prepare()
+    data.setup()
+    run = create_run(recipe) if resumed is None else resumed
+    if resumed is not None:
+        (run / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    data.save_tokenizer(run)
+
+    loaders = Loaders(data, recipe.trainer.batch_size, recipe.trainer.num_workers, recipe.seed)
+    steps = count_steps(recipe, len(data.train_dataset()), data.seq_len)  # type: ignore[arg-type]
+    decoder = make_decoder(recipe, data.vocab_size)
+    module = LanguageModel(recipe, decoder, steps, data.token_bytes, tuple(data.val_datasets()))
+    checkpoint = run / "checkpoints" / LAST if resumed else None
+    first_step = _step_of(checkpoint) if checkpoint else 0
+
+    metrics = Metrics(recipe.logging.every, 3 * decoder.flops(data.seq_len) / data.seq_len)
+    callbacks: list[Callback] = [metrics, StopAtTheEnd()]
+    sampler = None
+    if data.tokenizer is not None and recipe.logging.sample_tokens:
+        sampler = SampleText(data.tokenizer, recipe.logging.sample_prompt, recipe.logging.sample_tokens)
+        callbacks.append(sampler)
+    best_of = {"filename": Path(BEST).stem, "monitor": "valid/loss", "save_on_train_epoch_end": False}
+    last_of = {"filename": Path(LAST).stem, "every_n_train_steps": recipe.trainer.checkpoint_every}
+    callbacks += [
+        StepCheckpoint(run / "checkpoints", enable_version_counter=False, **options)
+        for options in (best_of, last_of)
+    ]
+    callbacks.append(StepProgress(metrics, console))
+    tensorboard = TensorBoardLogger(
+        run, name="", version="", default_hp_metric=False, purge_step=first_step or None
+    )
+    console.print(
+        f"{recipe.name}: {sum(p.numel() for p in decoder.parameters()) / 1e6:.2f}M parameters, {steps:,} steps "
+        f"of {recipe.trainer.batch_size * recipe.trainer.accumulate} x {data.seq_len} tokens on {kind}; run folder {run}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    trainer = L.Trainer(
+        accelerator=kind,
+        devices=recipe.strategy.devices,
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=recipe.trainer.accumulate,
+        val_check_interval=recipe.trainer.val_every * recipe.trainer.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=recipe.trainer.val_batches,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        logger=[tensorboard, CSVMetrics(run, first_step)],
+        callbacks=callbacks,
+        **_precision(recipe, kind),
+    )
+    text = "\n".join("    " + line for line in to_yaml(recipe).splitlines())
+    tensorboard.experiment.add_text("recipe", text, first_step)
+    trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    trainer.save_checkpoint(run / "checkpoints" / LAST)
+    final = {name: float(value) for name, value in trainer.callback_metrics.items() if "/layer_" not in name}
+    tensorboard.log_hyperparams(_flat(to_dict(recipe)), final)
+    tensorboard.finalize("success")
+    (run / "result.json").write_text(json.dumps({"steps": trainer.global_step, **final}, indent=2) + "\n")
+    return Result(run, trainer.global_step, final, sampler.latest if sampler else "")
+
+
+def _precision(recipe: Recipe, kind: str) -> dict:
+    if recipe.trainer.precision == "bf16-true":
+        return {"plugins": [BF16Weights("cuda" if kind == "gpu" else "cpu")]}
+    return {"precision": {"32": "32-true", "bf16-mixed": "bf16-mixed"}[recipe.trainer.precision]}
+
+
+def _say_what_differs(run: Path, recipe: Recipe, console: Console) -> None:
+    before = to_dict(load_recipe(run / "recipe.yaml"))
+    console.print(f"continuing {run}", highlight=False)
+    for key, old, new in differing_keys(before, to_dict(recipe)):
+        if key != "resume":
+            console.print(f"  {key}: was {old!r}, now {new!r}", highlight=False)
+
+
+def _step_of(checkpoint: Path) -> int:
+    try:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
+        raise ConfigError(
+            f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Nested mappings -> {"model.d_model": 256, ...}, values that TensorBoard can show."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
+
+
+def quiet_libraries() -> None:
+    """Silences Lightning's device report, tips and the warnings that do not apply here; others still show."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r".*does not have many workers which may be a bottleneck",  # rows come from a memory map
+        r".*Checkpoint directory .* exists and is not empty",  # a resumed run's own
+        r".*Found .* module\(s\) in eval mode at the start of training",
+        r".*The `srun` command is available on your system but is not used",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,263 @@
+"""Causal softmax attention: grouped KV heads, rotary positions, an optional sliding window and QK norm.
+
+Letters: B batch, T time (new positions), S cached slots, D model width, H query heads, G key-value heads,
+K head width. Head-first tensors are (B, H, T, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from mixers.mixer import Mixer, State, check_room
+from mixers.registry import register_mixer
+
+
+def default_n_heads(d_model: int) -> int:
+    """The number of heads whose width is 64, or the next wider even width that divides `d_model`."""
+    for n_heads in range(max(1, d_model // 64), 1, -1):
+        if d_model % n_heads == 0 and (d_model // n_heads) % 2 == 0:
+            return n_heads
+    return 1
+
+
+def head_problems(
+    d_model: int, n_heads: int | None, n_kv_heads: int | None, rope: bool
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with a choice of heads, as (option, what would be right)."""
+    heads = default_n_heads(d_model) if n_heads is None else n_heads
+    divisors = [h for h in range(1, d_model + 1) if d_model % h == 0]
+    if heads not in divisors:
+        near = min(divisors, key=lambda h: abs(h - heads))
+        yield "n_heads", f"which must divide model.d_model = {d_model}; nearest: {near}"
+        return
+    if rope and (d_model // heads) % 2:
+        yield "n_heads", f"which makes heads {d_model // heads} wide, and rotary positions need an even width"
+    if n_kv_heads is not None and heads % n_kv_heads:
+        valid = [h for h in range(1, heads + 1) if heads % h == 0]
+        yield "n_kv_heads", f"which must divide n_heads = {heads}; valid: {', '.join(map(str, valid))}"
+
+
+@dataclass
+class AttentionConfig:
+    n_heads: int | None = field(
+        default=None, metadata={"help": "query heads; null: as many as makes heads 64 wide", "min": 1}
+    )
+    n_kv_heads: int | None = field(
+        default=None,
+        metadata={"help": "key and value heads, shared by groups of query heads; null: n_heads", "min": 1},
+    )
+    rope: bool = field(default=True, metadata={"help": "rotate queries and keys by position (RoPE)"})
+    rope_base: float = field(
+        default=10000.0, metadata={"help": "base of the rotation's wavelengths", "above": 1}
+    )
+    window: int | None = field(
+        default=None,
+        metadata={"help": "positions each query sees, itself included; null: the whole past", "min": 1},
+    )
+    qk_norm: bool = field(default=False, metadata={"help": "RMS-normalise queries and keys per head"})
+    bias: bool = field(default=False, metadata={"help": "biases on the query, key and value projections"})
+
+    def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
+        yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope)
+
+
+@dataclass
+class AttentionState(State):
+    k: Tensor  # (B, G, S, K), rotated; position p lies in slot p mod S
+    v: Tensor  # (B, G, S, K)
+    max_len: int
+
+
+def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary position embedding on interleaved pairs (Su et al., arXiv 2104.09864, eq. 34).
+
+    x (B, H, T, K) with K even; positions (B or 1, T) int64 -> (B, H, T, K) in x's dtype.
+    """
+    width = x.shape[-1]
+    # float32 whatever the model's dtype: the published layer has float32 frequencies, and bf16 positions
+    # would collide from 257 on.
+    exponents = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width  # (K/2,)
+    angles = positions[:, None, :, None].float() / base**exponents  # (B, 1, T, K/2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]  # (B, H, T, K/2) each
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)  # (B, H, T, K)
+
+
+def segment_positions(segment_ids: Tensor) -> Tensor:
+    """Positions counted from 0 within each segment: (B, T) int64 -> (B, T) int64."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)  # (T,)
+    first = torch.ones_like(segment_ids, dtype=torch.bool)
+    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return index - torch.where(first, index, 0).cummax(dim=1).values
+
+
+@lru_cache(maxsize=2)  # the layers of one step share the mask; the key is the tensor's identity
+def _block_mask(
+    segment_ids: Tensor | None, window: int | None, batch: int, time: int, device: str
+) -> BlockMask:
+    def visible(b, h, i, j):
+        mask = j <= i
+        if window is not None:
+            mask = mask & (j > i - window)
+        if segment_ids is not None:
+            mask = mask & (segment_ids[b, i] == segment_ids[b, j])
+        return mask
+
+    return create_block_mask(
+        visible, batch if segment_ids is not None else None, None, time, time, device=device
+    )
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Softmax attention over the visible past and the position itself.
+
+    q (B, H, T, K); k, v (B, G, T, K), G dividing H -> (B, H, T, K). Visible to i are j in (i - window, i] of
+    i's own segment. On CUDA no T x T mask is made.
+    """
+    gqa = q.shape[1] != k.shape[1]
+    if segment_ids is None and (window is None or window >= q.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    if q.is_cuda:
+        mask = _block_mask(segment_ids, window, q.shape[0], q.shape[2], str(q.device))
+        attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        return attend(q, k, v, block_mask=mask, enable_gqa=gqa)
+    index = torch.arange(q.shape[2], device=q.device)  # (T,)
+    visible = index[:, None] >= index  # (T, T)
+    if window is not None:
+        visible = visible & (index[:, None] - index < window)
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])  # (B, 1, T, T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
+
+
+def write_slots(cache: Tensor, new: Tensor, slots: Tensor) -> None:
+    """Writes new (B, H, T, K) into cache (B, H, S, K) at slots (B, T), in place."""
+    index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])  # (B, H, T, K)
+    cache.scatter_(2, index, new.to(cache.dtype))
+
+
+@register_mixer("attention", AttentionConfig)
+class Attention(Mixer):
+    """Multi-head causal softmax attention (Vaswani et al., arXiv 1706.03762) with the usual later options.
+
+    RoPE (arXiv 2104.09864), grouped KV heads (arXiv 2305.13245), QK norm (arXiv 2010.04245), sliding window
+    (arXiv 2004.05150). Decoding keeps keys and values of the window, or of the whole past without one.
+    """
+
+    supports_segments = True
+    output_projection: str | None = "out_proj"  # type: ignore[misc]
+
+    def __init__(self, config: AttentionConfig, d_model: int, layer_index: int = 0, n_layers: int = 1):
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.n_heads = default_n_heads(d_model) if config.n_heads is None else config.n_heads
+        self.n_kv_heads = self.n_heads if config.n_kv_heads is None else config.n_kv_heads
+        self.head_width = d_model // self.n_heads
+        kv_width = self.n_kv_heads * self.head_width
+        self.q_proj = nn.Linear(d_model, d_model, bias=config.bias)
+        self.k_proj = nn.Linear(d_model, kv_width, bias=config.bias)
+        self.v_proj = nn.Linear(d_model, kv_width, bias=config.bias)
+        self.out_proj: nn.Module = nn.Linear(d_model, d_model, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D), positions (B or 1, T) -> q (B, H, T, K) and k, v (B, G, T, K)."""
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H or G, T, K)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.rope:
+            q, k = (rotate(y, positions, self.config.rope_base) for y in (q, k))
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def _merge(self, y: Tensor) -> Tensor:
+        """Heads (B, H, T, K) -> output (B, T, D)."""
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        if segment_ids is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
+        else:
+            positions = segment_positions(segment_ids)  # (B, T)
+        q, k, v = self._project(x, positions)
+        return self._merge(causal_attention(q, k, v, segment_ids, self.config.window))
+
+    def _slots(self, max_len: int) -> int:
+        return max_len if self.config.window is None else min(self.config.window, max_len)
+
+    def init_state(self, batch_size, max_len, device=None, dtype=None) -> AttentionState:
+        shape = (batch_size, self.n_kv_heads, self._slots(max_len), self.head_width)
+        return AttentionState(
+            length=torch.zeros(batch_size, dtype=torch.int64, device=device),
+            k=torch.zeros(shape, device=device, dtype=dtype),
+            v=torch.zeros(shape, device=device, dtype=dtype),
+            max_len=max_len,
+        )
+
+    def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:  # type: ignore[override]
+        new = x.shape[1]
+        check_room(state.length, new, state.max_len)
+        positions = state.length[:, None] + torch.arange(new, device=x.device)  # (B, T)
+        q, k, v = self._project(x, positions)
+        if new > 1 and not state.length.any():
+            y = causal_attention(q, k, v, window=self.config.window)  # the whole past is in x: no mask needed
+        else:
+            y = self._attend_to_past(q, k, v, positions, state)
+        slots = state.k.shape[2]
+        # Of more new positions than slots only the last survive; writing all would leave the order to chance.
+        kept = slice(max(0, new - slots), None)
+        write_slots(state.k, k[:, :, kept], positions[:, kept] % slots)
+        write_slots(state.v, v[:, :, kept], positions[:, kept] % slots)
+        return self._merge(y), self._advance(state, new)
+
+    def _advance(self, state: AttentionState, new: int) -> AttentionState:
+        return AttentionState(state.length + new, state.k, state.v, state.max_len)
+
+    def _attend_to_past(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: AttentionState
+    ) -> Tensor:
+        """Attention of new queries (B, H, T, K) over the cached slots and the new positions."""
+        slots = state.k.shape[2]
+        used = min(slots, int(state.length.max()))
+        slot = torch.arange(used, device=q.device)  # (S,)
+        last = state.length[:, None] - 1  # (B, 1)
+        cached = last - (last - slot) % slots  # (B, S): the newest position written to each slot, < 0 if none
+        keys_at = torch.cat((cached, positions), dim=1)[:, None, :]  # (B, 1, S + T)
+        visible = (keys_at >= 0) & (keys_at <= positions[:, :, None])  # (B, T, S + T)
+        if self.config.window is not None:
+            visible &= keys_at > positions[:, :, None] - self.config.window
+        return F.scaled_dot_product_attention(
+            q,
+            torch.cat((state.k[:, :, :used].to(k.dtype), k), dim=2),
+            torch.cat((state.v[:, :, :used].to(v.dtype), v), dim=2),
+            attn_mask=visible[:, None],
+            enable_gqa=self.n_heads != self.n_kv_heads,
+        )
+
+    def flops(self, seq_len: int) -> int:
+        window = seq_len if self.config.window is None else min(self.config.window, seq_len)
+        pairs = seq_len * window - window * (window - 1) // 2  # visible (query, key) pairs
+        if window == seq_len:
+            pairs = seq_len * seq_len // 2  # the usual count of a causal half
+        linear = sum(p.weight.numel() for p in self.children() if isinstance(p, nn.Linear))
+        return 2 * seq_len * linear + 2 * 2 * pairs * self.d_model
+
+    def state_bytes(self, seq_len: int, dtype: torch.dtype) -> int:
+        return 2 * self.n_kv_heads * self._slots(seq_len) * self.head_width * dtype.itemsize

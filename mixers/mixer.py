@@ -1,0 +1,139 @@
+"""The contract between a decoder and the token mixers in its layers.
+
+Letters: B batch, T time, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class State:
+    """What a mixer remembers of the positions it has seen: batch-first tensors and a length per row.
+
+    Subclasses add fields: tensors with the batch first, other States, or plain values such as `max_len`.
+    A State is used up by `extend`, which may write into its tensors; `clone()` branches it.
+    """
+
+    length: Tensor  # (B,) int64, positions seen so far
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        values = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, State):
+                value = value._map(function)
+            elif isinstance(value, Tensor):
+                value = function(value)
+            values[field.name] = value
+        return type(self)(**values)
+
+    def clone(self) -> Self:
+        """An independent copy: extending one of the two leaves the other as it is."""
+        return self._map(Tensor.clone)
+
+    @classmethod
+    def cat(cls, states: Sequence[Self]) -> Self:
+        """One State for the rows of several, in order; all must have the same `max_len`."""
+        values = {}
+        for field in fields(cls):
+            parts = [getattr(state, field.name) for state in states]
+            if isinstance(parts[0], State):
+                values[field.name] = type(parts[0]).cat(parts)
+            elif isinstance(parts[0], Tensor):
+                values[field.name] = torch.cat(parts)
+            elif all(part == parts[0] for part in parts):
+                values[field.name] = parts[0]
+            else:
+                raise ValueError(f"states to concatenate differ in {field.name}: {parts}")
+        return cls(**values)
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors that hold the past (not of `length`), over all rows."""
+        values = [getattr(self, field.name) for field in fields(self) if field.name != "length"]
+        return sum(
+            v.nbytes() if isinstance(v, State) else v.nbytes for v in values if isinstance(v, (State, Tensor))
+        )
+
+
+def check_room(length: Tensor, new: int, max_len: int) -> None:
+    """Raises ValueError if `new` more positions do not fit behind the longest of `length` (B,)."""
+    if length.numel() and (longest := int(length.max())) + new > max_len:
+        raise ValueError(
+            f"the state holds {longest} of at most {max_len} positions and cannot take {new} more; "
+            f"call init_state with max_len of at least {longest + new}"
+        )
+
+
+class Mixer(nn.Module):
+    """Maps (B, T, D) to (B, T, D), causally: the output at t depends on inputs up to t alone.
+
+    A subclass takes `(config, d_model, layer_index, n_layers)`, sets the class attributes below where they
+    differ, and implements every method but `reset_parameters` and `diagnostics`, which are optional.
+    """
+
+    supports_segments: ClassVar[bool] = False
+    """May several documents be packed into one row, told apart by `segment_ids`?"""
+
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    """Own parameters that weight decay must spare and low precision must not touch: gains, decays, steps.
+    Biases and norms are spared without being named."""
+
+    output_projection: ClassVar[str | None] = None
+    """The submodule whose output is the mixer's: initialised smaller with depth where a block adds the
+    mixer's output straight to the residual stream."""
+
+    def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), parallel in time, for training.
+
+        `segment_ids` (B, T) int64, non-decreasing in a row: nothing flows from one segment to another, and
+        the first position of each is like position 0. A mixer without `supports_segments` raises ValueError.
+        """
+        raise NotImplementedError
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_len: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """An empty State for `batch_size` rows of up to `max_len` positions."""
+        raise NotImplementedError
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """(B, T, D) and the State before it -> (B, T, D) and the State after it.
+
+        However a sequence is cut, the outputs put together equal those of `forward`. The State given is
+        used up. Raises ValueError past `max_len`.
+        """
+        raise NotImplementedError
+
+    def flops(self, seq_len: int) -> int:
+        """Matrix-product FLOPs of one forward sequence; causal halves are counted once."""
+        raise NotImplementedError
+
+    def state_bytes(self, seq_len: int, dtype: torch.dtype) -> int:
+        """Bytes of the State of one sequence, made with max_len == seq_len."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draws the mixer's own parameters anew (not those of submodules), on whatever device they are."""
+
+    def diagnostics(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
+        """What is worth watching in training: name -> values of any shape, logged as mean and spread."""
+        return {}
+
+    def refuse_segments(self, segment_ids: Tensor | None) -> None:
+        """Raises ValueError unless `segment_ids` is None; for mixers that cannot keep documents apart."""
+        if segment_ids is not None:
+            raise ValueError(
+                f"{type(self).__name__} cannot keep packed documents apart (supports_segments is False); "
+                "give it rows without segment_ids"
+            )

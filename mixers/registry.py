@@ -1,0 +1,82 @@
+"""Mixers by name: what a recipe's `model.mixer` is looked up in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, TypeVar
+
+from mixers.mixer import Mixer
+
+MixerClass = TypeVar("MixerClass", bound=type[Mixer])
+
+_REGISTRY: dict[str, tuple[type, type[Mixer]]] = {}
+
+
+def register_mixer(name: str, config_class: type) -> Callable[[MixerClass], MixerClass]:
+    """Class decorator: from now on `name` in a recipe means this mixer, with `config_class` as the schema.
+
+    `config_class` is a dataclass whose fields all have defaults and a `help` in their metadata. It may have a
+    method `problems(d_model)` that yields (option, what would be right) for values that do not fit together.
+    """
+
+    def register(mixer_class: MixerClass) -> MixerClass:
+        if not is_dataclass(config_class):
+            raise TypeError(f"the config class of mixer {name!r} must be a dataclass, not {config_class!r}")
+        if name in _REGISTRY and _REGISTRY[name][1].__qualname__ != mixer_class.__qualname__:
+            raise ValueError(f"a mixer named {name!r} is registered already: {_REGISTRY[name][1]}")
+        _REGISTRY[name] = (config_class, mixer_class)
+        return mixer_class
+
+    return register
+
+
+def mixer_names() -> list[str]:
+    """The names that `model.mixer` may have."""
+    return sorted(_REGISTRY)
+
+
+def mixer_config(name: str) -> type:
+    """The config dataclass of a mixer; ValueError with the nearest name if there is none."""
+    return _lookup(name)[0]
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class of a mixer; ValueError with the nearest name if there is none."""
+    return _lookup(name)[1]
+
+
+def _lookup(name: str) -> tuple[type, type[Mixer]]:
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown mixer {name!r}: {one_of(name, mixer_names())}")
+    return _REGISTRY[name]
+
+
+def one_of(given: Any, valid: list[str]) -> str:
+    """The part of an error message that says what is valid, with the nearest match first."""
+    near = difflib.get_close_matches(str(given), valid, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}valid: {', '.join(valid)}"
+
+
+def build_mixer(
+    spec: str | Mapping[str, Any], d_model: int, layer_index: int = 0, n_layers: int = 1
+) -> Mixer:
+    """Builds one mixer from `spec`: a name, or a mapping with `name` and the mixer's options.
+
+    Raises ValueError naming the option, its value and what would be right.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if "name" not in options:
+        raise ValueError(f"a mixer needs a name, and {options} has none; {one_of('', mixer_names())}")
+    name = options.pop("name")
+    config_class, cls = _lookup(name)
+    valid = [field.name for field in fields(config_class)]
+    for option in options:
+        if option not in valid:
+            raise ValueError(f"mixer {name!r} has no option {option!r}: {one_of(option, valid)}")
+    config = config_class(**options)
+    for option, expected in getattr(config, "problems", lambda d_model: ())(d_model):
+        raise ValueError(f"mixer {name!r}: {option} = {asdict(config)[option]!r}, {expected}")
+    return cls(config, d_model, layer_index, n_layers)

@@ -1,0 +1,164 @@
+"""Sessa: attention inside a feedback path (arXiv 2604.18580; the mathematics is in docs/sessa.md).
+
+Letters: B batch, T time, D model width, H feedback heads, K = D / H their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.feedback import feedback_attention
+from mixers.attention import Attention, AttentionConfig, AttentionState, head_problems, write_slots
+from mixers.registry import register_mixer
+
+
+@dataclass
+class SessaConfig:
+    n_heads: int | None = field(
+        default=None,
+        metadata={"help": "heads of the forward branch; null: as many as makes them 64 wide", "min": 1},
+    )
+    n_kv_heads: int | None = field(
+        default=None, metadata={"help": "key and value heads of the forward branch; null: n_heads", "min": 1}
+    )
+    rope: bool = field(default=True, metadata={"help": "rotary positions in the forward branch"})
+    gamma_max: float = field(
+        default=0.999,
+        metadata={"help": "bound of the gain; below 1 the recursion is stable", "above": 0, "below": 1},
+    )
+    n_feedback_heads: int = field(
+        default=1, metadata={"help": "heads of the feedback branch; the paper's layer has one", "min": 1}
+    )
+    feedback: bool = field(
+        default=True, metadata={"help": "false: no feedback branch (the paper's control, s = f)"}
+    )
+    backend: Literal["auto", "reference", "chunked"] = field(
+        default="auto", metadata={"help": "implementation of the feedback operator"}
+    )
+
+    def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
+        yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope)
+        if d_model % self.n_feedback_heads:
+            yield "n_feedback_heads", f"which must divide model.d_model = {d_model}"
+
+
+@dataclass
+class SessaState(AttentionState):
+    k_fb: Tensor  # (B, H, max_len, K) feedback keys
+    s: Tensor  # (B, H, max_len, K) outputs so far: the values of the feedback branch
+
+
+@register_mixer("sessa", SessaConfig)
+class Sessa(Attention):
+    """s_t = f_t + gamma_t * sum_{j<t} alpha_tj s_j, with f the output of causal attention.
+
+    The gain is gamma_t = gamma_max * tanh(<x_t, w> + b); alpha is a softmax over the strict past of the
+    feedback branch's own queries and keys. Parameter names are those of the published layer.
+    """
+
+    no_decay = ("gamma_bias",)
+
+    def __init__(self, config: SessaConfig, d_model: int, layer_index: int = 0, n_layers: int = 1):
+        forward_branch = AttentionConfig(
+            n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, rope=config.rope, bias=True
+        )
+        super().__init__(forward_branch, d_model, layer_index, n_layers)
+        if self.n_heads == 1:
+            self.out_proj = nn.Identity()
+        self.sessa = config
+        if config.feedback:
+            self.proj_fb = nn.Linear(d_model, 2 * d_model)  # queries of all heads, then keys of all heads
+            self.gamma_ctx = nn.Linear(d_model, config.n_feedback_heads, bias=False)
+            self.gamma_bias = nn.Parameter(torch.ones(config.n_feedback_heads))
+            self.register_load_state_dict_pre_hook(_reshape_published_bias)
+
+    def reset_parameters(self) -> None:
+        if self.sessa.feedback:
+            nn.init.ones_(self.gamma_bias)
+
+    def _heads(self, y: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, K), split into feedback heads."""
+        return y.unflatten(-1, (self.sessa.n_feedback_heads, -1)).transpose(1, 2)
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> feedback queries and keys (B, H, T, K) and gains (B, H, T)."""
+        q, k = (self._heads(y) for y in self.proj_fb(x).chunk(2, dim=-1))
+        # In bf16 0.999 rounds to 1, and the bound that makes the recursion stable is gone.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            context = F.linear(x.to(dtype), self.gamma_ctx.weight.to(dtype))  # (B, T, H)
+            gamma = self.sessa.gamma_max * torch.tanh(context + self.gamma_bias.to(dtype))
+        return q, k, gamma.transpose(1, 2)
+
+    def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        f = super().forward(x, segment_ids)  # (B, T, D)
+        if not self.sessa.feedback:
+            return f
+        q, k, gamma = self._route(x)
+        s = feedback_attention(
+            q, k, self._heads(f), gamma, segment_ids=segment_ids, backend=self.sessa.backend
+        )  # (B, H, T, K)
+        return s.transpose(1, 2).flatten(2)  # (B, T, D)
+
+    def init_state(self, batch_size, max_len, device=None, dtype=None) -> AttentionState:
+        state = super().init_state(batch_size, max_len, device, dtype)
+        if not self.sessa.feedback:
+            return state
+        heads = self.sessa.n_feedback_heads
+        shape = (batch_size, heads, max_len, self.d_model // heads)
+        return SessaState(
+            **vars(state),
+            k_fb=torch.zeros(shape, device=device, dtype=dtype),
+            s=torch.zeros(shape, device=device, dtype=dtype),
+        )
+
+    def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:  # type: ignore[override]
+        f, attended = super().extend(x, state)  # (B, T, D)
+        if not isinstance(state, SessaState):
+            return f, attended
+        q, k, gamma = self._route(x)
+        used = int(state.length.max())
+        s = feedback_attention(
+            q,
+            k,
+            self._heads(f),
+            gamma,
+            past=(state.k_fb[:, :, :used].to(k.dtype), state.s[:, :, :used].to(f.dtype)) if used else None,
+            past_length=state.length if used else None,
+            backend=self.sessa.backend,
+        )  # (B, H, T, K)
+        positions = state.length[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, T)
+        write_slots(state.k_fb, k, positions)
+        write_slots(state.s, s, positions)
+        return s.transpose(1, 2).flatten(2), SessaState(**vars(attended), k_fb=state.k_fb, s=state.s)
+
+    def flops(self, seq_len: int) -> int:
+        # The attention's count has every projection; the feedback adds logits and update, a causal half each.
+        feedback = 2 * seq_len * seq_len * self.d_model if self.sessa.feedback else 0
+        return super().flops(seq_len) + feedback
+
+    def state_bytes(self, seq_len: int, dtype: torch.dtype) -> int:
+        feedback = 2 * seq_len * self.d_model * dtype.itemsize if self.sessa.feedback else 0
+        return super().state_bytes(seq_len, dtype) + feedback
+
+    @torch.no_grad()
+    def diagnostics(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
+        if not self.sessa.feedback:
+            return {}
+        from kernels.feedback import routing_entropy
+
+        q, k, gamma = self._route(x)
+        return {"gamma": gamma, "feedback_entropy": routing_entropy(q, k, segment_ids=segment_ids)}
+
+
+def _reshape_published_bias(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """The published layer's gain bias has shape (); sharding needs a dimension."""
+    key = prefix + "gamma_bias"
+    if key in state_dict and state_dict[key].ndim == 0:
+        state_dict[key] = state_dict[key].reshape(1)
