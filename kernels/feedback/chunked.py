@@ -119,9 +119,8 @@ def _forward(
             rhs = torch.bmm(weights[..., :before], s[:, first : L + lo])  # (N, R, P)
             rhs.mul_(factor).add_(fn[:, lo:hi])
             square = weights[..., before:] * -factor  # (N, R, R)
-            s[:, L + lo : L + hi] = torch.linalg.solve_triangular(
-                square, rhs, upper=False, unitriangular=True
-            )
+            torch.linalg.solve_triangular(square, rhs, upper=False, unitriangular=True, out=rhs)
+            s[:, L + lo : L + hi] = rhs
     return s[:, L:].unflatten(0, (B, H)).to(f.dtype).contiguous(), lse.view(B, H, T)
 
 
@@ -144,7 +143,7 @@ def _backward(
     L = S - T
     accumulate = lse.dtype
     qn, kn = (x.flatten(0, 1).to(accumulate) for x in (q, k))  # (N, T, K), (N, S, K)
-    sn = torch.cat([s_past, s], dim=2).flatten(0, 1).to(accumulate)  # (N, S, P)
+    sn = (torch.cat([s_past, s], dim=2) if L else s).flatten(0, 1).to(accumulate)  # (N, S, P)
     gain = gamma.flatten(0, 1).to(accumulate)[..., None]  # (N, T, 1)
     row_lse = lse.flatten(0, 1)[..., None]  # (N, T, 1)
     row_lse = row_lse.masked_fill(row_lse == float("-inf"), 0.0)  # rows that see nothing
@@ -163,10 +162,9 @@ def _backward(
             panel_gain = gain[:, lo:hi]  # (N, R, 1)
 
             before = L + lo - first
-            square = alpha[..., before:] * -panel_gain  # (N, R, R)
-            panel_g = torch.linalg.solve_triangular(
-                square.mT, g[:, L + lo : L + hi], upper=True, unitriangular=True
-            )  # (N, R, P)
+            square = (alpha[..., before:] * -panel_gain).mT.contiguous()  # (N, R, R): else the solver is slow
+            panel_g = g[:, L + lo : L + hi].contiguous()  # (N, R, P)
+            torch.linalg.solve_triangular(square, panel_g, upper=True, unitriangular=True, out=panel_g)
             g[:, L + lo : L + hi] = panel_g
             g[:, first : L + lo].baddbmm_(alpha[..., :before].mT, panel_gain * panel_g)
 
