@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kernels.backend import choose
-from kernels.feedback.chunked import feedback_chunked
+from kernels.feedback.chunked import entropy_chunked, feedback_chunked
 from kernels.feedback.reference import feedback_reference, feedback_step
 
-__all__ = ["feedback_attention"]
+__all__ = ["feedback_attention", "routing_entropy"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -83,6 +83,30 @@ def feedback_attention(
     return (s, lse) if return_lse and lse is not None else s
 
 
+@torch.no_grad()
+def routing_entropy(
+    q: Tensor, k: Tensor, *, scale: float | None = None, segment_ids: Tensor | None = None
+) -> Tensor:
+    """How diffuse the routing of `feedback_attention` is: the entropy of each row of alpha.
+
+    A diagnostic: no gradient, memory linear in T.
+
+    Args:
+        q, k, scale, segment_ids: as for `feedback_attention`.
+
+    Returns:
+        (B, H, T) in nats, float32 (float64 for float64 inputs): 0 where one position gets all the
+        weight or nothing is visible, ln(n) where n visible positions share it equally.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    _check_query(q, k, segment_ids)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        return entropy_chunked(q, k, segment_ids, scale, torch.promote_types(torch.float32, q.dtype))
+
+
 def _past_ids(past_length: Tensor, L: int, T: int) -> Tensor:
     """Segment ids (B, S) that hide the padding of ragged caches: it is a segment that no row belongs to."""
     hidden = torch.arange(L + T, device=past_length.device) >= past_length[:, None]  # (B, S)
@@ -90,31 +114,45 @@ def _past_ids(past_length: Tensor, L: int, T: int) -> Tensor:
     return -hidden.long()
 
 
-def _check(q, k, f, gamma, segment_ids, past, past_length, chunk_size) -> None:
+def _check_query(q: Tensor, k: Tensor, segment_ids: Tensor | None) -> None:
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected (B, H, T, K)")
+    B, _, T, _ = q.shape
+    _expect_float("q", q)
+    _expect("k", k, tuple(q.shape), "(B, H, T, K), as q", q.dtype, q.device)
+    if segment_ids is not None:
+        _expect("segment_ids", segment_ids, (B, T), "(B, T), as q", torch.int64, q.device)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    f: Tensor,
+    gamma: Tensor,
+    segment_ids: Tensor | None,
+    past: tuple[Tensor, Tensor] | None,
+    past_length: Tensor | None,
+    chunk_size: int | None,
+) -> None:
+    _check_query(q, k, segment_ids)
+    B, H, T, K = q.shape
     if f.ndim != 4:
         raise ValueError(f"f has shape {tuple(f.shape)}, expected (B, H, T, P)")
-    B, H, T, K = q.shape
     P = f.shape[3]
-    _expect("k", k, (B, H, T, K), "(B, H, T, K), as q", q.dtype, q.device)
-    _expect("f", f, (B, H, T, P), "(B, H, T, P), as q", None, q.device)
-    _expect("gamma", gamma, (B, H, T), "(B, H, T), as q", None, q.device)
-    for name, x in (("q", q), ("f", f), ("gamma", gamma)):
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"{name} has dtype {x.dtype}, expected one of {[str(d) for d in _DTYPES]}")
-    if segment_ids is not None:
-        if past is not None:
-            raise ValueError("segment_ids and past exclude each other: a continued sequence is one segment")
-        _expect("segment_ids", segment_ids, (B, T), "(B, T), as q", torch.int64, q.device)
+    _expect_float("f", f)
+    _expect("f", f, (B, H, T, P), "(B, H, T, P), as q", f.dtype, q.device)
+    _expect_float("gamma", gamma)
+    _expect("gamma", gamma, (B, H, T), "(B, H, T), as q", gamma.dtype, q.device)
     if past is not None:
+        if segment_ids is not None:
+            raise ValueError("segment_ids and past exclude each other: a continued sequence is one segment")
         if len(past) != 2:
-            raise ValueError(
-                f"past has {len(past)} entries, expected two: keys and values of earlier positions"
-            )
-        L = past[0].shape[2] if past[0].ndim == 4 else 0
-        _expect("past[0]", past[0], (B, H, L, K), "(B, H, L, K)", k.dtype, q.device)
-        _expect("past[1]", past[1], (B, H, L, P), "(B, H, L, P), L as past[0]", f.dtype, q.device)
+            raise ValueError(f"past has {len(past)} entries, expected two: k and s of earlier positions")
+        if past[0].ndim != 4:
+            raise ValueError(f"past[0] has shape {tuple(past[0].shape)}, expected (B, H, L, K)")
+        L = past[0].shape[2]
+        _expect("past[0]", past[0], (B, H, L, K), "(B, H, L, K), as k", k.dtype, q.device)
+        _expect("past[1]", past[1], (B, H, L, P), "(B, H, L, P), as past[0] and f", f.dtype, q.device)
     if past_length is not None:
         if past is None:
             raise ValueError("past_length is given without past")
@@ -123,10 +161,17 @@ def _check(q, k, f, gamma, segment_ids, past, past_length, chunk_size) -> None:
         raise ValueError(f"chunk_size is {chunk_size}, expected None or at least 1")
 
 
-def _expect(name: str, x: Tensor, shape: tuple, letters: str, dtype: torch.dtype | None, device) -> None:
+def _expect_float(name: str, x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{name} has dtype {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+
+
+def _expect(
+    name: str, x: Tensor, shape: tuple[int, ...], letters: str, dtype: torch.dtype, device: torch.device
+) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {letters}: {shape}")
-    if dtype is not None and x.dtype != dtype:
+    if x.dtype != dtype:
         raise ValueError(f"{name} has dtype {x.dtype}, expected {dtype}")
     if x.device != device:
         raise ValueError(f"{name} is on device {x.device}, expected {device}, as q")

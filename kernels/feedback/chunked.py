@@ -34,8 +34,27 @@ def feedback_chunked(
     """
     if s_past is None:
         s_past = f[:, :, :0]  # (B, H, 0, P)
-    s, lse = _Feedback.apply(q, k, f, gamma, s_past, ids, scale, chunk_size or 128, accumulate)
+    if chunk_size is None:  # small panels waste less above the diagonal, large ones make better products
+        chunk_size = 128 if f.shape[2] <= 2048 else 256
+    s, lse = _Feedback.apply(q, k, f, gamma, s_past, ids, scale, chunk_size, accumulate)
     return s, lse
+
+
+def entropy_chunked(
+    q: Tensor, k: Tensor, ids: Tensor | None, scale: float, accumulate: torch.dtype
+) -> Tensor:
+    """Entropy (B, H, T) in nats of each row of alpha, 0 for rows that see nothing."""
+    B, H, T, _ = q.shape
+    R = min(128, T)
+    qn, kn = (x.flatten(0, 1).to(accumulate) for x in (q, k))  # (N, T, K)
+    entropy = qn.new_empty(B * H, T)
+    buffer = qn.new_empty(B * H * R * T)
+    for lo, hi, first in _panels(ids, T, 0, R):
+        logits = _panel_logits(buffer, qn, kn, ids, scale, _not_past(R, q.device), lo, hi, first)  # (N, R, C)
+        lse = logits.logsumexp(-1, keepdim=True)  # (N, R, 1)
+        alpha = logits.sub_(lse.masked_fill_(lse == float("-inf"), 0.0)).exp_()
+        torch.sum(torch.special.entr(alpha), -1, out=entropy[:, lo:hi])
+    return entropy.unflatten(0, (B, H))
 
 
 class _Feedback(torch.autograd.Function):
@@ -50,10 +69,13 @@ class _Feedback(torch.autograd.Function):
         q, k, _, gamma, s_past, ids, ctx.scale, ctx.chunk_size, _ = inputs
         s, lse = output
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, gamma, s, lse, s_past, ids)
 
     @staticmethod
     def backward(ctx, ds, _):
+        if ds is None:
+            return (None,) * 9
         L = ctx.saved_tensors[5].shape[2]
         dq, dk, dgamma, g = _FeedbackBackward.apply(ds, *ctx.saved_tensors, ctx.scale, ctx.chunk_size)
         return dq, dk, g[:, :, L:], dgamma, g[:, :, :L], None, None, None, None
@@ -105,9 +127,10 @@ def _forward(
     lse = fn.new_empty(B * H, T, 1)
     buffer = fn.new_empty(B * H * min(chunk_size, T) * S)
 
+    not_past = _not_past(min(chunk_size, T), q.device)
     with torch.autocast(q.device.type, enabled=False):
         for lo, hi, first in _panels(ids, T, L, chunk_size):
-            logits = _panel_logits(buffer, qn, kn, ids, scale, lo, hi, first)  # (N, R, C)
+            logits = _panel_logits(buffer, qn, kn, ids, scale, not_past, lo, hi, first)  # (N, R, C)
             top = logits.amax(-1, keepdim=True)  # (N, R, 1)
             top.masked_fill_(top == float("-inf"), 0.0)  # rows that see nothing
             weights = logits.sub_(top).exp_()
@@ -117,7 +140,7 @@ def _forward(
 
             before = L + lo - first
             rhs = torch.bmm(weights[..., :before], s[:, first : L + lo])  # (N, R, P)
-            rhs.mul_(factor).add_(fn[:, lo:hi])
+            torch.addcmul(fn[:, lo:hi], rhs, factor, out=rhs)
             square = weights[..., before:] * -factor  # (N, R, R)
             torch.linalg.solve_triangular(square, rhs, upper=False, unitriangular=True, out=rhs)
             s[:, L + lo : L + hi] = rhs
@@ -155,9 +178,10 @@ def _backward(
     alpha_buffer = sn.new_empty(B * H * min(chunk_size, T) * S)
     dlogits_buffer = torch.empty_like(alpha_buffer)
 
+    not_past = _not_past(min(chunk_size, T), q.device)
     with torch.autocast(q.device.type, enabled=False):
         for lo, hi, first in reversed(_panels(ids, T, L, chunk_size)):
-            alpha = _panel_logits(alpha_buffer, qn, kn, ids, scale, lo, hi, first)  # (N, R, C)
+            alpha = _panel_logits(alpha_buffer, qn, kn, ids, scale, not_past, lo, hi, first)  # (N, R, C)
             alpha.sub_(row_lse[:, lo:hi]).exp_()
             panel_gain = gain[:, lo:hi]  # (N, R, 1)
 
@@ -176,7 +200,7 @@ def _backward(
             dlogits.addcmul_(alpha, panel_dgamma, value=-1)
             # What is left of dlogit, its row factor gamma, goes to the narrow operand.
             factor = scale * panel_gain
-            dq[:, lo:hi] = factor * torch.bmm(dlogits, kn[:, first : L + hi])
+            torch.mul(torch.bmm(dlogits, kn[:, first : L + hi]), factor, out=dq[:, lo:hi])
             dk[:, first : L + hi].baddbmm_(dlogits.mT, factor * qn[:, lo:hi])
 
     return (
@@ -196,16 +220,28 @@ def _panels(ids: Tensor | None, T: int, L: int, chunk_size: int) -> list[tuple[i
     return [(lo, min(lo + chunk_size, T), c) for lo, c in zip(rows, first, strict=True)]
 
 
+def _not_past(R: int, device: torch.device) -> Tensor:
+    """(R, R), True where a row of a panel must not see a column of the same panel."""
+    return torch.ones(R, R, dtype=torch.bool, device=device).triu()
+
+
 def _panel_logits(
-    buffer: Tensor, q: Tensor, k: Tensor, ids: Tensor | None, scale: float, lo: int, hi: int, first: int
+    buffer: Tensor,
+    q: Tensor,
+    k: Tensor,
+    ids: Tensor | None,
+    scale: float,
+    not_past: Tensor,
+    lo: int,
+    hi: int,
+    first: int,
 ) -> Tensor:
     """Scaled logits (N, R, C) of rows lo to hi, -inf where hidden, in the memory of `buffer`."""
     N, R, L = q.shape[0], hi - lo, k.shape[1] - q.shape[1]
     C = L + hi - first
     logits = buffer[: N * R * C].view(N, R, C)
     torch.baddbmm(logits, q[:, lo:hi], k[:, first : L + hi].mT, beta=0, alpha=scale, out=logits)
-    not_past = torch.ones(R, R, dtype=torch.bool, device=q.device).triu()  # (R, R)
-    logits[..., C - R :].masked_fill_(not_past, float("-inf"))
+    logits[..., C - R :].masked_fill_(not_past[:R, :R], float("-inf"))
     if ids is not None:
         apart = ids[:, None, L + lo : L + hi, None] != ids[:, None, None, first : L + hi]  # (B, 1, R, C)
         logits.view(ids.shape[0], -1, R, C).masked_fill_(apart, float("-inf"))
