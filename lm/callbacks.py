@@ -122,7 +122,7 @@ class SampleText(Callback):
         self.tokenizer, self.prompt, self.tokens = tokenizer, prompt, tokens
         self.latest = ""
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+    def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         pieces = stream_texts(
             pl_module.decoder,
             self.tokenizer,
@@ -198,7 +198,7 @@ class StepProgress(ProgressBar):
 
     def on_train_batch_end(
         self, trainer, pl_module: LanguageModel, outputs, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         step = trainer.global_step
         if step == self._printed:
             return

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -202,7 +202,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         raw = _merge(raw, _parse_override(override))
     try:
-        raw = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)  # interpolations
+        raw = _container(OmegaConf.create(raw), resolve=True)  # interpolations
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from None
     _import_plugins(raw.get("plugins"))
@@ -247,7 +247,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"base: {path} is its own base, by way of {' -> '.join(map(str, seen))}")
     try:
-        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        raw = _container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
@@ -261,6 +261,10 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"base = {base!r} in {path}: expected the path of a recipe, relative to this one")
     return _merge(_read_with_bases(path.parent / base, (*seen, path.resolve())), raw)
+
+
+def _container(config: Any, resolve: bool = False) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=resolve))
 
 
 def _near_file(path: Path) -> str:
@@ -279,7 +283,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not all(part.isidentifier() for part in key.split(".")):
         raise ConfigError(f"override {override!r}: expected key=value, such as model.mixer=attention")
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)  # type: ignore[return-value]
+        return _container(OmegaConf.from_dotlist([override]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
             f"override {override!r}: the value is not valid YAML: {_first_line(error)}"
@@ -390,7 +394,7 @@ def _check_dataclass(schema: type, raw: Any, path: str) -> Any:
     for item in fields(schema):
         full_key, kind = dot + item.name, hints[item.name]
         if is_dataclass(kind):
-            values[item.name] = _check_dataclass(typing.cast(type, kind), raw.get(item.name) or {}, full_key)
+            values[item.name] = _check_dataclass(cast(type, kind), raw.get(item.name) or {}, full_key)
         elif item.name in raw:
             values[item.name] = _check_value(raw[item.name], kind, item.metadata, full_key)
         elif item.default is MISSING and item.default_factory is MISSING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,22 @@ Watched = list[dict[str, Tensor]]
 """One entry per layer: what its mixer's `diagnostics` returned."""
 
 
+class LayerNorm(nn.LayerNorm):
+    """Normalises in its weight's dtype: float32 even where the residual stream is bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    """Normalises in its weight's dtype: float32 even where the residual stream is bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def make_norm(kind: str, width: int) -> nn.Module:
-    return nn.LayerNorm(width, eps=1e-5) if kind == "layernorm" else nn.RMSNorm(width, eps=1e-5)
+    return LayerNorm(width, eps=1e-5) if kind == "layernorm" else RMSNorm(width, eps=1e-5)
 
 
 class GeluMLP(nn.Module):
@@ -125,12 +139,12 @@ class TransformerBlock(Block):
 
     def _run(self, x: Tensor, mix) -> Tensor:
         x = x + self.dropout(mix(self.norm(x)))
-        if self.mlp is not None:
+        if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x
 
     def residual_projections(self) -> list[nn.Module]:
-        projections = [] if self.mlp is None else [self.mlp.down]
+        projections: list[nn.Module] = [] if self.mlp is None else [self.mlp.down]
         if self.mixer.output_projection is not None:
             projections.append(self.mixer.get_submodule(self.mixer.output_projection))
         return projections
@@ -167,14 +181,15 @@ class Decoder(nn.Module):
             mlp_width = default_mlp_width(d_model, mlp)
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList()
+        blocks: list[Block] = []
         for i in range(n_layers):
             layer_mixer = build_mixer(specs[i % len(specs)], d_model, i, n_layers)
-            self.blocks.append(
+            blocks.append(
                 GatedBlock(layer_mixer, d_model, norm, dropout)
                 if block == "gated"
                 else TransformerBlock(layer_mixer, d_model, norm, dropout, mlp, mlp_width)
             )
+        self.blocks = nn.ModuleList(blocks)
         self.norm = make_norm(norm, d_model)
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
 
@@ -199,7 +214,7 @@ class Decoder(nn.Module):
             all positions never exist together in float32.
         """
         x = self.dropout(self.embedding(input_ids))  # (B, T, D)
-        for block in self.blocks:
+        for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, segment_ids, use_reentrant=False)
             else:
@@ -209,6 +224,11 @@ class Decoder(nn.Module):
             return F.linear(x, self._head_weight())  # (B, T, V)
         return token_losses(x, self._head_weight(), labels)
 
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return cast(list[Block], list(self.blocks))
+
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight  # (V, D)
 
@@ -216,14 +236,14 @@ class Decoder(nn.Module):
         """Empty States, one per layer, for `batch_size` rows of up to `max_len` tokens."""
         weight = self.embedding.weight
         return [
-            block.mixer.init_state(batch_size, max_len, weight.device, weight.dtype) for block in self.blocks
+            block.mixer.init_state(batch_size, max_len, weight.device, weight.dtype) for block in self.layers
         ]
 
     def extend(self, input_ids: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         """(B, T) new tokens and the States before -> logits (B, T, V) and the States after them."""
         x = self.embedding(input_ids)  # (B, T, D)
         after = []
-        for block, state in zip(self.blocks, states, strict=True):
+        for block, state in zip(self.layers, states, strict=True):
             x, state = block.extend(x, state)
             after.append(state)
         return F.linear(self.norm(x), self._head_weight()), after
@@ -235,7 +255,7 @@ class Decoder(nn.Module):
         stream divided by sqrt(number of such additions) (Radford et al., GPT-2). Biases: 0. The rest is up to
         each module's `reset_parameters`.
         """
-        residual = [p for block in self.blocks for p in block.residual_projections()]
+        residual = [p for block in self.layers for p in block.residual_projections()]
         modules = [
             (n, m) for n, m in self.named_modules() if next(m.parameters(recurse=False), None) is not None
         ]
@@ -248,15 +268,19 @@ class Decoder(nn.Module):
                     # Drawn on the CPU, so that the values are the same on every device.
                     drawn = torch.randn(module.weight.shape) * (self.init_std * scale)
                     module.weight.copy_(drawn)
-                    if getattr(module, "bias", None) is not None:
+                    if isinstance(module, nn.Linear) and module.bias is not None:
                         nn.init.zeros_(module.bias)
+                elif callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
                 else:
-                    module.reset_parameters()
+                    raise TypeError(
+                        f"{name}: {type(module).__name__} has parameters but no reset_parameters()"
+                    )
 
     def flops(self, seq_len: int) -> int:
         """Matrix-product FLOPs of one forward sequence; training takes three times that."""
         total = 2 * seq_len * self._head_weight().numel()
-        for block in self.blocks:
+        for block in self.layers:
             mixer = {id(p) for p in block.mixer.parameters()}
             dense = sum(p.numel() for p in block.parameters() if p.ndim == 2 and id(p) not in mixer)
             total += 2 * seq_len * dense + block.mixer.flops(seq_len)
@@ -264,10 +288,8 @@ class Decoder(nn.Module):
 
     def parameter_groups(self) -> dict[str, int]:
         """Number of parameters by what they are for; the groups sum to all parameters."""
-        mixers = sum(p.numel() for block in self.blocks for p in block.mixer.parameters())
-        mlps = sum(
-            p.numel() for b in self.blocks if getattr(b, "mlp", None) is not None for p in b.mlp.parameters()
-        )
+        mixers = sum(p.numel() for block in self.layers for p in block.mixer.parameters())
+        mlps = sum(p.numel() for name, p in self.blocks.named_parameters() if ".mlp." in name)
         blocks = sum(p.numel() for p in self.blocks.parameters())
         return {
             "embedding": self.embedding.weight.numel(),

@@ -6,7 +6,7 @@ Letters: B batch, T time, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -49,7 +49,7 @@ class LanguageModel(L.LightningModule):
         self.decoder = decoder
         self.total_steps = total_steps
         self.valid_names = valid_names
-        self.valid_metrics = nn.ModuleList(TokenMetrics(token_bytes) for _ in valid_names)
+        self.valid_metrics = nn.ModuleDict({name: TokenMetrics(token_bytes) for name in valid_names})
         self.train_metrics = TokenMetrics(token_bytes)  # of the optimiser step under way
         self.step_metrics: dict[str, Tensor | float] = {}
         """Loss, gradient norm and so on of the last optimiser step."""
@@ -99,14 +99,16 @@ class LanguageModel(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         watched: Watched | None = [] if batch_idx == 0 and dataloader_idx == 0 else None
         nll, correct = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"), watched)
-        self.valid_metrics[dataloader_idx].update(nll, correct, batch["labels"])
+        metrics = cast(TokenMetrics, self.valid_metrics[self.valid_names[dataloader_idx]])
+        metrics.update(nll, correct, batch["labels"])
         for layer, values in enumerate(watched or []):
             for name, value in values.items():
                 self._report(f"{name}/layer_{layer}_mean", value.mean())
                 self._report(f"{name}/layer_{layer}_spread", value.std())
 
     def on_validation_epoch_end(self) -> None:
-        for name, metrics in zip(self.valid_names, self.valid_metrics, strict=True):
+        for name in self.valid_names:
+            metrics = cast(TokenMetrics, self.valid_metrics[name])
             for rate, value in metrics.compute().items():
                 self._report(f"{name}/{rate}", value)
             metrics.reset()

@@ -107,19 +107,20 @@ def train(recipe: Recipe, console: Console) -> Result:
     if data.tokenizer is not None and recipe.logging.sample_tokens:
         sampler = SampleText(data.tokenizer, recipe.logging.sample_prompt, recipe.logging.sample_tokens)
         callbacks.append(sampler)
-    best_of = {"filename": Path(BEST).stem, "monitor": "valid/loss", "save_on_train_epoch_end": False}
-    last_of = {"filename": Path(LAST).stem, "every_n_train_steps": recipe.trainer.checkpoint_every}
+    folder, every = run / "checkpoints", recipe.trainer.checkpoint_every
     callbacks += [
-        StepCheckpoint(run / "checkpoints", enable_version_counter=False, **options)
-        for options in (best_of, last_of)
+        StepCheckpoint(folder, Path(BEST).stem, monitor="valid/loss", enable_version_counter=False),
+        StepCheckpoint(folder, Path(LAST).stem, every_n_train_steps=every, enable_version_counter=False),
     ]
     callbacks.append(StepProgress(metrics, console))
     tensorboard = TensorBoardLogger(
         run, name="", version="", default_hp_metric=False, purge_step=first_step or None
     )
+    millions = sum(p.numel() for p in decoder.parameters()) / 1e6
+    rows = recipe.trainer.batch_size * recipe.trainer.accumulate
     console.print(
-        f"{recipe.name}: {sum(p.numel() for p in decoder.parameters()) / 1e6:.2f}M parameters, {steps:,} steps "
-        f"of {recipe.trainer.batch_size * recipe.trainer.accumulate} x {data.seq_len} tokens on {kind}; run folder {run}",
+        f"{recipe.name}: {millions:.2f}M parameters, {steps:,} steps of {rows} x {data.seq_len} tokens on {kind}; "
+        f"run folder {run}",
         highlight=False,
         soft_wrap=True,
     )

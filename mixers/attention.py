@@ -173,8 +173,9 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(d_model, kv_width, bias=config.bias)
         self.v_proj = nn.Linear(d_model, kv_width, bias=config.bias)
         self.out_proj: nn.Module = nn.Linear(d_model, d_model, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6)
+            self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), positions (B or 1, T) -> q (B, H, T, K) and k, v (B, G, T, K)."""
@@ -182,7 +183,8 @@ class Attention(Mixer):
             projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H or G, T, K)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
         if self.config.rope:
             q, k = (rotate(y, positions, self.config.rope_base) for y in (q, k))
         return q.to(v.dtype), k.to(v.dtype), v
@@ -211,7 +213,7 @@ class Attention(Mixer):
             max_len=max_len,
         )
 
-    def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:  # type: ignore[override]
+    def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         new = x.shape[1]
         check_room(state.length, new, state.max_len)
         positions = state.length[:, None] + torch.arange(new, device=x.device)  # (B, T)

@@ -36,7 +36,7 @@ class Identity(Mixer):
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> IdentityState:
         return IdentityState(torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
 
-    def extend(self, x: Tensor, state: IdentityState) -> tuple[Tensor, IdentityState]:  # type: ignore[override]
+    def extend(self, x: Tensor, state: IdentityState) -> tuple[Tensor, IdentityState]:
         check_room(state.length, x.shape[1], state.max_len)
         return x, IdentityState(state.length + x.shape[1], state.max_len)
 

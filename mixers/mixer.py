@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class State:
     length: Tensor  # (B,) int64, positions seen so far
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, State):
@@ -41,7 +41,7 @@ class State:
     @classmethod
     def cat(cls, states: Sequence[Self]) -> Self:
         """One State for the rows of several, in order; all must have the same `max_len`."""
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):
             parts = [getattr(state, field.name) for state in states]
             if isinstance(parts[0], State):

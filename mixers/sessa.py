@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.feedback import feedback_attention
+from kernels.feedback import feedback_attention, routing_entropy
 from mixers.attention import Attention, AttentionConfig, AttentionState, head_problems, write_slots
 from mixers.registry import register_mixer
 
@@ -118,7 +118,7 @@ class Sessa(Attention):
             s=torch.zeros(shape, device=device, dtype=dtype),
         )
 
-    def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:  # type: ignore[override]
+    def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         f, attended = super().extend(x, state)  # (B, T, D)
         if not isinstance(state, SessaState):
             return f, attended
@@ -151,8 +151,6 @@ class Sessa(Attention):
     def diagnostics(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
         if not self.sessa.feedback:
             return {}
-        from kernels.feedback import routing_entropy
-
         q, k, gamma = self._route(x)
         return {"gamma": gamma, "feedback_entropy": routing_entropy(q, k, segment_ids=segment_ids)}
 

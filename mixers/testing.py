@@ -1,0 +1,257 @@
+"""The contract of a mixer as checks that anyone can run on theirs.
+
+    from mixers.testing import check_mixer
+    check_mixer(lambda d_model: build_mixer("mine", d_model))
+
+Letters: B batch, T time, D model width.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.backend import use_backend
+from mixers.mixer import Mixer, State
+
+Factory = Callable[[int], Mixer]
+"""d_model -> a mixer of that width."""
+
+D, B, T = 32, 2, 21
+
+
+def check_mixer(factory: Factory) -> None:
+    """Runs every check below on the mixer that `factory` builds; AssertionError names the first that fails."""
+    for check in CHECKS:
+        try:
+            check(factory)
+        except AssertionError as error:
+            raise AssertionError(f"{check.__name__}: {check.__doc__}\n{error}") from error
+
+
+def double(factory: Factory, d_model: int = D) -> Mixer:
+    """The mixer in float64 and evaluation mode, the same at each call, its parameters far from special values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        mixer = factory(d_model).double().eval()
+        for parameter in mixer.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return mixer
+
+
+def inputs(batch: int = B, time: int = T, d_model: int = D, seed: int = 0) -> Tensor:
+    return torch.randn(
+        batch, time, d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def check_shape(factory: Factory) -> None:
+    """(B, T, D) goes to (B, T, D), finite, for T = 1 too."""
+    mixer = double(factory)
+    for time in (1, 2, T):
+        x = inputs(time=time)
+        y = mixer(x)
+        assert y.shape == x.shape, f"T = {time}: {tuple(y.shape)}"
+        assert torch.isfinite(y).all()
+
+
+def check_causality(factory: Factory) -> None:
+    """Changing token t leaves earlier outputs as they were, and their gradient with respect to it is exactly 0."""
+    mixer = double(factory)
+    for t in (1, 10, T - 1):
+        x = inputs().requires_grad_()
+        y = mixer(x)
+        changed = x.detach().clone()
+        changed[:, t] += 3
+        torch.testing.assert_close(mixer(changed)[:, :t], y[:, :t], rtol=1e-12, atol=1e-12)
+        (gradient,) = torch.autograd.grad(y[:, :t].square().sum(), x)
+        assert (gradient[:, t:] == 0).all(), f"outputs before {t} have a gradient from it"
+
+
+def check_extend_equals_forward(factory: Factory) -> None:
+    """However a sequence is cut, the outputs of `extend` put together equal `forward` (float64, 1e-10)."""
+    mixer = double(factory)
+    x = inputs()
+    whole = mixer(x)
+    cuts = random.Random(0)
+    with torch.no_grad():
+        for trial in range(6):
+            places = sorted({0, T, *cuts.sample(range(1, T), k=(0, 1, 2, 5, 9, T - 1)[trial])})
+            state = mixer.init_state(B, T, dtype=torch.float64)
+            pieces = []
+            for start, stop in zip(places, places[1:], strict=False):
+                y, state = mixer.extend(x[:, start:stop], state)
+                pieces.append(y)
+            torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-10, atol=1e-10)
+            assert state.length.tolist() == [T] * B
+
+
+def check_ragged_rows(factory: Factory) -> None:
+    """Prompts of different lengths, prefilled apart and put together, go on like each alone; clones are apart."""
+    mixer = double(factory)
+    x = inputs()
+    lengths = (3, 9)
+    with torch.no_grad():
+        states: list[State] = []
+        for row, length in enumerate(lengths):
+            states.append(
+                mixer.extend(x[row : row + 1, :length], mixer.init_state(1, T, dtype=torch.float64))[1]
+            )
+        together = type(states[0]).cat(states)
+        branch = together.clone()
+        new = inputs(time=4, seed=1)
+        y, together = mixer.extend(new, together)
+        mixer.extend(-new[:, :2], branch.clone())
+        again, _ = mixer.extend(new, branch)
+        torch.testing.assert_close(again, y)
+        for row, length in enumerate(lengths):
+            alone = mixer(torch.cat((x[row, :length], new[row]))[None])
+            torch.testing.assert_close(y[row : row + 1], alone[:, length:], rtol=1e-10, atol=1e-10)
+        assert together.length.tolist() == [length + 4 for length in lengths]
+
+
+def check_full_state_raises(factory: Factory) -> None:
+    """Going past `max_len` raises ValueError."""
+    mixer = double(factory)
+    with torch.no_grad():
+        _, state = mixer.extend(inputs(time=5), mixer.init_state(B, 6, dtype=torch.float64))
+        try:
+            mixer.extend(inputs(time=2), state)
+        except ValueError:
+            return
+    raise AssertionError("7 positions fit into a state of max_len 6")
+
+
+def check_segments(factory: Factory) -> None:
+    """Packed documents equal the same documents run apart, gradients too (float64, 1e-10); or are refused."""
+    mixer = double(factory)
+    x = inputs().requires_grad_()
+    lengths = [[5, 1, 15], [1, 1, 2, 17]]
+    segment_ids = torch.stack(
+        [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
+    )
+    if not mixer.supports_segments:
+        try:
+            mixer(x, segment_ids)
+        except ValueError:
+            return
+        raise AssertionError("supports_segments is False, and segment_ids are not refused")
+    cotangent = inputs(seed=2)
+    wanted = (x, *mixer.parameters())
+    packed = mixer(x, segment_ids)
+    packed_gradients = torch.autograd.grad((packed * cotangent).sum(), wanted, allow_unused=True)
+    apart = torch.stack(
+        [
+            torch.cat([mixer(piece[None])[0] for piece in row.split(length)])
+            for row, length in zip(x, lengths, strict=True)
+        ]
+    )
+    torch.testing.assert_close(packed, apart, rtol=1e-10, atol=1e-10)
+    apart_gradients = torch.autograd.grad((apart * cotangent).sum(), wanted, allow_unused=True)
+    for ours, theirs in zip(packed_gradients, apart_gradients, strict=True):
+        if ours is not None or theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def check_gradients(factory: Factory) -> None:
+    """Gradients agree with finite differences, for the input and every parameter (float64)."""
+    mixer = double(factory, d_model=8)
+    names = [name for name, _ in mixer.named_parameters()]
+    parameters = tuple(p.detach().clone().requires_grad_() for p in mixer.parameters())
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(mixer, dict(zip(names, values, strict=True)), (x,))
+
+    x = inputs(batch=1, time=5, d_model=8).requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+def check_autocast(factory: Factory) -> None:
+    """Under bf16 autocast the output is near the float64 one, and gradients are finite and reach everything."""
+    exact = double(factory)
+    mixer = double(factory).float()
+    x = inputs().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixer(x)
+    reference = exact(x.double())
+    error = (y.double() - reference).square().mean().sqrt() / reference.square().mean().sqrt()
+    assert error < 0.05, f"relative error {error:.3g}"
+    y.float().square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None, f"{name} gets no gradient"
+        assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
+
+
+def check_compile(factory: Factory) -> None:
+    """torch.compile makes one graph of it, at two lengths, with the same output and gradient."""
+    torch._dynamo.reset()
+    mixer = double(factory)
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    for time in (16, 23):
+        x = inputs(time=time).requires_grad_()
+        y, expected = compiled(x), mixer(x)
+        torch.testing.assert_close(y, expected)
+        (ours,) = torch.autograd.grad(y.square().sum(), x)
+        (theirs,) = torch.autograd.grad(expected.square().sum(), x)
+        torch.testing.assert_close(ours, theirs)
+
+
+def check_state_dict(factory: Factory) -> None:
+    """Loading a state dict into a fresh mixer gives the same outputs."""
+    mixer = double(factory)
+    fresh = factory(D).double().eval()
+    fresh.load_state_dict(mixer.state_dict())
+    assert torch.equal(fresh(inputs()), mixer(inputs()))
+
+
+def check_flops(factory: Factory) -> None:
+    """`flops` agrees within 2% with torch's counter on the matrix-product form, causal products halved."""
+    mixer = factory(64).eval()
+
+    def count(time: int) -> int:
+        # The unfused forms are counted; a triangular solve, which the counter does not know, as a product.
+        def solve(a: torch.Size, b: torch.Size, *_, out_shape=None, **__) -> int:
+            return 2 * b.numel() * a[-1]
+
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: solve})
+        with counter, sdpa_kernel(SDPBackend.MATH), use_backend("reference"), torch.no_grad():
+            mixer(torch.zeros(1, time, 64))
+        return counter.get_total_flops()
+
+    # Of a t + b t^2 the square is T x T products, of which causality needs half.
+    short, long = 256, 512
+    square = (count(long) - 2 * count(short)) / (long**2 - 2 * short**2)
+    linear = (count(short) - square * short**2) / short
+    for time in (short, long, 2048):
+        expected = linear * time + square * time**2 / 2
+        assert abs(mixer.flops(time) - expected) <= 0.02 * expected, f"{mixer.flops(time)} != {expected}"
+
+
+def check_state_bytes(factory: Factory) -> None:
+    """`state_bytes` is what the tensors of a State take."""
+    mixer = factory(D)
+    for length in (1, 10, 100):
+        for dtype in (torch.float32, torch.bfloat16):
+            actual = mixer.init_state(1, length, dtype=dtype).nbytes()
+            assert mixer.state_bytes(length, dtype) == actual, f"length {length}, {dtype}: {actual}"
+
+
+CHECKS = (
+    check_shape,
+    check_causality,
+    check_extend_equals_forward,
+    check_ragged_rows,
+    check_full_state_raises,
+    check_segments,
+    check_gradients,
+    check_autocast,
+    check_compile,
+    check_state_dict,
+    check_flops,
+    check_state_bytes,
+)

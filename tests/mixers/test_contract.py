@@ -1,0 +1,42 @@
+"""Every registered mixer, with its defaults and with options that change what it does, keeps the contract."""
+
+import pytest
+
+from mixers import build_mixer, mixer_names
+from mixers.testing import CHECKS, check_flops, check_mixer
+
+VARIANTS = {
+    **{name: {"name": name} for name in mixer_names()},
+    "attention, grouped, normed": {"name": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
+    "attention, window": {"name": "attention", "n_heads": 2, "window": 4, "bias": True},
+    "attention, no positions": {"name": "attention", "n_heads": 4, "n_kv_heads": 1, "rope": False},
+    "sessa, many heads": {"name": "sessa", "n_heads": 4, "n_kv_heads": 2, "n_feedback_heads": 2},
+    "sessa, reference": {"name": "sessa", "backend": "reference"},
+    "sessa, no feedback": {"name": "sessa", "feedback": False},
+}
+
+
+CASES = [
+    pytest.param(options, check, id=f"{name}-{check.__name__}")
+    for name, options in VARIANTS.items()
+    for check in CHECKS
+    # The counter sees the whole T x T of a windowed mask; test_attention counts its pairs.
+    if not (check is check_flops and options.get("window"))
+]
+
+
+@pytest.mark.parametrize(("options", "check"), CASES)
+def test_contract(options, check):
+    check(lambda d_model: build_mixer(options, d_model))
+
+
+def test_a_failing_check_is_named():
+    class Leaky(type(build_mixer("identity", 8))):
+        def forward(self, x, segment_ids=None):
+            return x + x.mean(dim=1, keepdim=True)
+
+    def factory(d_model):
+        return Leaky(None, d_model)
+
+    with pytest.raises(AssertionError, match="check_causality"):
+        check_mixer(factory)
