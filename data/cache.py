@@ -26,11 +26,13 @@ def ensure_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"data.cache_dir: {folder.parent} cannot be created: {error}") from error
+    if damage(folder, checksums=True) is None:  # asked first, because the folder of a cache may be read-only
+        return
     with FileLock(f"{folder}.lock"):
+        problem = damage(folder, checksums=True)
+        if problem is None:
+            return
         if folder.exists():
-            problem = damage(folder, checksums=True)
-            if problem is None:
-                return
             logger.warning("the cache in %s is damaged (%s): building it anew", folder, problem)
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died

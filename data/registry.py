@@ -16,10 +16,10 @@ DATA_MODULES: dict[str, tuple[type, type[DataModule]]] = {}
 
 
 def register_data(name: str, config_class: type) -> Callable[[DataClass], DataClass]:
-    """Class decorator: from now on `name` in a recipe means this data module, and `config_class` its schema.
+    """Class decorator: from now on `name` in a recipe means this module, and `config_class` is its schema.
 
-    `config_class` is a dataclass with a field `name`, by default this name; its fields all have defaults and a
-    `help` in their metadata. It may have a method `problems()` that yields (field, what would be right) for
+    `config_class` is a dataclass with a field `name`, by default this name; its fields all have defaults and
+    a `help` in their metadata. It may have a method `problems()` that yields (field, what would be right) for
     values that do not fit together.
     """
 

@@ -38,7 +38,7 @@ class Source(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """All documents, read as they are asked for. Empty ones are left out."""
+        """All documents, read as they are asked for."""
 
 
 class StdlibSource(Source):
@@ -55,14 +55,16 @@ class StdlibSource(Source):
         return _digest([*self.names, *_file_digests([self.root / name for name in self.names])])
 
     def documents(self) -> Iterator[Document]:
+        seen = set()  # a few files are copies, which could fall into different splits
         for name in self.names:
             encoded = (self.root / name).read_bytes()
             try:
                 text = encoded.decode()
             except UnicodeDecodeError:
                 continue
-            if text:
+            if text not in seen:
                 yield Document(text, name, len(encoded))
+            seen.add(text)
 
 
 class FilesSource(Source):
@@ -79,8 +81,7 @@ class FilesSource(Source):
     def documents(self) -> Iterator[Document]:
         for path in self.files:
             for text, weight in _READERS[path.suffix](path, self.column):
-                if text:
-                    yield Document(text, text, weight)
+                yield Document(text or "", text or "", weight)
 
 
 class HubSource(Source):
@@ -123,7 +124,7 @@ class HubSource(Source):
         return dataset.select_columns([self.column])
 
     @property
-    def total(self) -> float:  # type: ignore[override]
+    def total(self) -> float:
         return len(self.dataset)
 
     def fingerprint(self) -> str:
@@ -132,10 +133,8 @@ class HubSource(Source):
     def documents(self) -> Iterator[Document]:
         for batch in self.dataset.iter(batch_size=1000):
             for text in batch[self.column]:
-                if text is not None and not isinstance(text, str):
-                    raise DataError(f"data.column = {self.column!r} of {self.name} holds {text!r}, not text")
-                if text:
-                    yield Document(text, text, 1)
+                text = _checked(text, self.column, self.name) or ""
+                yield Document(text, text, 1)
 
 
 def _read_text(path: Path, column: str | None) -> Iterator[tuple[str, float]]:
@@ -185,8 +184,12 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str | None, 
 
 
 def _checked(text: Any, column: str | None, where: str) -> str | None:
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"data.column = {column!r}: {where} holds {text!r}, not text")
+    if text is None:
+        return None
+    try:
+        text.encode()  # JSON can also hold half of a surrogate pair
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise DataError(f"data.column = {column!r}: {where} holds {text!r}, not text") from error
     return text
 
 
@@ -199,7 +202,11 @@ _READERS: dict[str, Callable[[Path, str | None], Iterator[tuple[str | None, floa
 
 def _file_digests(files: Sequence[Path]) -> list[str]:
     def digest(path: Path) -> str:
-        with path.open("rb") as file:
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise DataError(f"data.files: {path} cannot be read: {error.strerror}") from error
+        with file:
             return hashlib.file_digest(file, "blake2b").hexdigest()
 
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -130,6 +131,11 @@ class TextConfig:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(field, what would be right) where something does not fit. No file is opened."""
+        for name, source in {"files": "files", "valid_files": "files", "dataset": "hf"}.items():
+            if getattr(self, name) and self.source != source:
+                yield name, f"is only read with source = {source}, but source = {self.source}"
+        if self.tokenizer_file is not None and self.tokenizer != "file":
+            yield "tokenizer_file", f"is only read with tokenizer = file, but tokenizer = {self.tokenizer}"
         has_columns = self.source == "hf"
         if self.source == "files":
             if not self.files:
@@ -206,7 +212,8 @@ class TextData(DataModule):
         return self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
     def prepare(self, run_dir: Path | None = None) -> None:
-        self._folder = self._cache_folder()
+        with Console(stderr=True).status("looking for the documents"):
+            self._folder = self._cache_folder()
         ensure_folder(self._folder, self._fill)
         self.setup()
         if run_dir is not None:
@@ -252,6 +259,7 @@ class TextData(DataModule):
         assert self.config.tokenizer_file is not None
         return read_tokenizer(Path(self.config.tokenizer_file).expanduser(), self.config.eod_token)
 
+    @cached_property
     def _sources(self) -> dict[str, Source]:
         """By split. Without a source of its own, "valid" is a part of "train"."""
         config = self.config
@@ -278,7 +286,7 @@ class TextData(DataModule):
 
     def _cache_folder(self) -> Path:
         """Named after the documents and every setting that decides what is in it."""
-        config, sources = self.config, self._sources()
+        config, sources = self.config, self._sources
         settings: dict[str, Any] = {
             "format": FORMAT,
             "documents": {split: source.fingerprint() for split, source in sources.items()},
@@ -310,11 +318,11 @@ class TextData(DataModule):
             with _Writer(folder / "train", tokenizer) as train, _Writer(folder / "valid", tokenizer) as valid:
                 self._tokenise(tokenizer, {"train": train, "valid": valid}, progress)
         if train.n_documents == 0:
-            raise DataError(f"data.source = {self.config.source!r}: it has no training documents with text")
+            raise DataError(f"data.source = {self.config.source!r}: it has no document with text to train on")
         if valid.n_documents == 0:
             raise DataError(
-                f"data.valid_fraction = {self.config.valid_fraction}: no document of {train.n_documents} is for "
-                "validation; a larger fraction is needed, or data.valid_files or data.valid_split"
+                f"data.valid_fraction = {self.config.valid_fraction}: no document of {train.n_documents} came "
+                "out to validate on; name some in data.valid_files or data.valid_split, or raise the fraction"
             )
 
     def _new_tokenizer(self, progress: Progress) -> TextTokenizer:
@@ -351,7 +359,7 @@ class TextData(DataModule):
 
     def _documents(self, progress: Progress, task: TaskID) -> Iterator[tuple[str, Document]]:
         """All documents with their split; moves the progress bar."""
-        sources = self._sources()
+        sources = self._sources
         progress.update(task, total=sum(source.total for source in sources.values()))
         parts = {
             split: islice(source.documents(), self.config.max_documents) for split, source in sources.items()
@@ -362,7 +370,8 @@ class TextData(DataModule):
         else:
             documents = self._divided(parts["train"])
         for split, document in documents:
-            yield split, document
+            if document.text:
+                yield split, document
             progress.advance(task, document.weight)
 
     def _divided(self, documents: Iterator[Document]) -> Iterator[tuple[str, Document]]:
@@ -372,7 +381,7 @@ class TextData(DataModule):
         if len(first_two) == 1:
             text, key, weight = first_two[0]
             cut = int(len(text) * (1 - fraction))
-            cut = text.find("\n", cut) + 1 or cut
+            cut = text.find("\n", cut, -1) + 1 or cut
             yield "train", Document(text[:cut], key, weight)
             yield "valid", Document(text[cut:], key, 0)
             return
@@ -462,10 +471,13 @@ class _Writer:
             self.ends.write(np.array([self.n_tokens], dtype=np.int64).tobytes())
 
 
+_SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
+
+
 def _cut(text: str) -> list[str]:
     """Cuts a long text before single spaces, where usual tokenizers begin a new token anyway."""
     pieces, start = [], 0
-    while match := re.compile(r"(?<=\S) (?=\S)").search(text, start + PIECE):
+    while match := _SINGLE_SPACE.search(text, start + PIECE):
         pieces.append(text[start : match.start()])
         start = match.start()
     return [*pieces, text[start:]]

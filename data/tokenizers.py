@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data.module import DataError
 
-# Without this, the library warns when a process that has tokenised in parallel forks, as a DataLoader does. Its
-# workers do not tokenise.
+# Without this, the library warns when a process that has tokenised in parallel forks, as a DataLoader does.
+# The workers do not tokenise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
@@ -57,7 +57,10 @@ class TextTokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the tokens, for streams: a token may end inside a character."""
+        """The bytes of the tokens, for streams: a token may end inside a character.
+
+        Where text gets a space in front of it before it is tokenised (SentencePiece), so do these bytes.
+        """
         return b"".join(self.pieces[i] for i in ids)
 
 
