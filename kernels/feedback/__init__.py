@@ -3,6 +3,8 @@
 Letters: B batch, H heads, T new positions, L past positions, S = L + T columns, K key width, P value width.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,40 @@ from kernels.feedback.reference import feedback_reference, feedback_step
 __all__ = ["feedback_attention", "routing_entropy"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@overload
+def feedback_attention(
+    q: Tensor,
+    k: Tensor,
+    f: Tensor,
+    gamma: Tensor,
+    *,
+    scale: float | None = None,
+    segment_ids: Tensor | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+    past_length: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def feedback_attention(
+    q: Tensor,
+    k: Tensor,
+    f: Tensor,
+    gamma: Tensor,
+    *,
+    scale: float | None = None,
+    segment_ids: Tensor | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+    past_length: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def feedback_attention(
