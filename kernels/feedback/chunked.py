@@ -76,8 +76,9 @@ class _Feedback(torch.autograd.Function):
     def backward(ctx, ds, _):
         if ds is None:
             return (None,) * 9
-        L = ctx.saved_tensors[5].shape[2]
-        dq, dk, dgamma, g = _FeedbackBackward.apply(ds, *ctx.saved_tensors, ctx.scale, ctx.chunk_size)
+        saved = ctx.saved_tensors  # read once: activation checkpointing frees them as they are read
+        L = saved[5].shape[2]
+        dq, dk, dgamma, g = _FeedbackBackward.apply(ds, *saved, ctx.scale, ctx.chunk_size)
         return dq, dk, g[:, :, L:], dgamma, g[:, :, :L], None, None, None, None
 
 

@@ -5,6 +5,7 @@ Letters: B batch, H heads, T new positions, L past positions, S = L + T columns,
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def feedback_reference(
@@ -73,22 +74,29 @@ def feedback_step(
 ) -> tuple[Tensor, Tensor | None]:
     """One new position (T = 1): attention over the strict past, nothing to solve.
 
-    The products read the cache k_past (B, H, L, K), s_past (B, H, L, P) as it is: no copy, no cast.
-    Other shapes and the result as in `feedback_reference`.
+    The cache, k_past (B, H, L, K) and s_past (B, H, L, P), is read in place, not copied, where their
+    dtypes agree. Other shapes and the result as in `feedback_reference`.
     """
-    logits = (q @ k_past.mT).to(accumulate) * scale  # (B, H, 1, L)
+    L = k_past.shape[2]
     gain = gamma.to(accumulate)[..., None]  # (B, H, 1, 1)
+    visible = nothing = None
     if past_length is not None:
-        hidden = torch.arange(k_past.shape[2], device=q.device) >= past_length[:, None, None, None]
-        logits = logits.masked_fill(hidden, torch.finfo(accumulate).min)
-        gain = gain.masked_fill(past_length[:, None, None, None] == 0, 0.0)
-    attended = logits.softmax(-1).to(s_past.dtype) @ s_past  # (B, H, 1, P)
+        length = past_length[:, None, None, None]  # (B, 1, 1, 1)
+        nothing = length == 0
+        # A row that sees nothing attends to column 0, for a softmax without NaN, with gain 0.
+        visible = torch.arange(L, device=q.device) < length.clamp_min(1)  # (B, 1, 1, L)
+        gain = gain.masked_fill(nothing, 0.0)
+    dtype = torch.promote_types(k_past.dtype, s_past.dtype)
+    attended = scaled_dot_product_attention(
+        q.to(dtype), k_past.to(dtype), s_past.to(dtype), attn_mask=visible, scale=scale
+    )  # (B, H, 1, P)
     # The gain comes last, in `accumulate`: as a bf16 weight, 0.999 would round to 1.
     s = (f.to(accumulate) + gain * attended.to(accumulate)).to(f.dtype)
 
     lse = None
     if return_lse:
-        lse = logits.detach().logsumexp(-1)  # (B, H, 1)
-        if past_length is not None:
-            lse = lse.masked_fill(past_length[:, None, None] == 0, float("-inf"))
+        logits = (q @ k_past.mT).detach().to(accumulate) * scale  # (B, H, 1, L)
+        if visible is not None and nothing is not None:
+            logits = logits.masked_fill(~visible | nothing, float("-inf"))
+        lse = logits.logsumexp(-1)  # (B, H, 1)
     return s, lse

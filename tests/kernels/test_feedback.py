@@ -29,8 +29,9 @@ def make_inputs(B=2, H=2, T=13, K=4, P=5, *, sharpness=1.0, gain=0.999, seed=0, 
     return [q.to(dtype), k.to(dtype), f.to(dtype), gamma.to(dtype if dtype == F64 else torch.float32)]
 
 
-def by_rows(q, k, f, gamma, visible):
+def by_rows(inputs, visible):
     """The definition, one row after another; `visible(b, t, j)` says whether row t sees row j < t."""
+    q, k, f, gamma = inputs
     B, H, T, K = q.shape
     s = f.clone()
     lse = torch.full((B, H, T), -math.inf, dtype=F64)
@@ -44,11 +45,13 @@ def by_rows(q, k, f, gamma, visible):
     return s, lse
 
 
-def gradients(inputs, loss_weights, **options):
-    """s, then the gradient of <s, loss_weights> by each of q, k, f, gamma and, if present, k and s of past."""
+def gradients(inputs, loss_weights, *, autocast=False, **options):
+    """s, computed under bf16 autocast if asked for, then the gradient of <s, loss_weights> by each input:
+    q, k, f, gamma and, if present, k and s of past."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     past = (leaves[4], leaves[5]) if len(leaves) > 4 else None
-    s = feedback_attention(*leaves[:4], past=past, **options)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        s = feedback_attention(*leaves[:4], past=past, **options)
     return [s.detach(), *torch.autograd.grad((s * loss_weights).sum(), leaves, materialize_grads=True)]
 
 
@@ -68,7 +71,8 @@ def test_equals_the_definition_row_by_row(backend, segment_ids):
         *inputs, segment_ids=segment_ids, return_lse=True, backend=backend, chunk_size=4
     )
     ids = torch.zeros(2, 13) if segment_ids is None else segment_ids
-    assert_all_close([s, lse], by_rows(*inputs, lambda b, t, j: ids[b, t] == ids[b, j]), 1e-12)
+    expected = by_rows(inputs, lambda b, t, j: ids[b, t] == ids[b, j])
+    assert_all_close([s, lse], expected, 1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -196,6 +200,7 @@ def test_default_panels_agree_in_float32():
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_anomaly_mode_finds_no_nan(backend):
     leaves = [x.requires_grad_() for x in make_inputs(sharpness=40.0)]
@@ -243,7 +248,8 @@ def test_ragged_caches_equal_each_row_alone(backend, T):
     together = feedback_attention(*inputs, past=past, past_length=torch.tensor(lengths), **options)
     for b, n in enumerate(lengths):
         row = [x[b : b + 1] for x in inputs]
-        alone = feedback_attention(*row, past=tuple(x[b : b + 1, :, :n] for x in past), **options)
+        valid = (past[0][b : b + 1, :, :n], past[1][b : b + 1, :, :n])
+        alone = feedback_attention(*row, past=valid, **options)
         assert_all_close([x[b : b + 1] for x in together], alone)
 
 
@@ -257,14 +263,20 @@ def test_past_receives_gradients_at_one_new_position():
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_one_new_position_does_not_copy_the_cache(dtype, tmp_path):
-    L = 4096
-    inputs = make_inputs(1, 1, 1, 64, 64, dtype=dtype)
-    past = (torch.zeros(1, 1, L, 64, dtype=dtype), torch.zeros(1, 1, L, 64, dtype=dtype))
-    with torch.no_grad():
-        peak = peak_bytes(lambda: feedback_attention(*inputs, past=past), tmp_path)
-    assert peak < past[0].nbytes / 2
+    inputs = make_inputs(2, 2, 1, 64, 64, dtype=dtype)
+    cache = torch.zeros(2, 2, 2, 4096, 64, dtype=dtype)
+    past = (cache[0, :, :, :3000], cache[1, :, :, :3000])  # (B, H, L, 64), views of longer buffers
+    for past_length in (None, torch.tensor([3000, 100])):
+        with torch.no_grad():
+            peak = peak_bytes(
+                lambda past_length=past_length: feedback_attention(
+                    *inputs, past=past, past_length=past_length
+                ),
+                tmp_path,
+            )
+        assert peak < past[0].nbytes / 4
 
 
 # ---- torch.func, torch.compile, views ----
@@ -283,7 +295,7 @@ def func_grad(run, inputs):
 
 
 def func_vjp(run, inputs):
-    s, pull_back = torch.func.vjp(run, *inputs)
+    s, pull_back, *_ = torch.func.vjp(run, *inputs)
     return s, *pull_back(torch.cos(s))
 
 
@@ -362,8 +374,8 @@ def test_operators_are_registered_correctly():
     arguments = (q, k, f, gamma, past, SEGMENTS[:, :6], 0.5, 4, F64)
     torch.library.opcheck(torch.ops.mixerlab.feedback_forward.default, arguments)
     s, lse = torch.ops.mixerlab.feedback_forward(*arguments)
-    arguments = (torch.randn_like(s), q, k, gamma, s, lse, past, SEGMENTS[:, :6], 0.5, 4)
-    torch.library.opcheck(torch.ops.mixerlab.feedback_backward.default, arguments)
+    saved = (q, k, gamma, s, lse, past, SEGMENTS[:, :6], 0.5, 4)
+    torch.library.opcheck(torch.ops.mixerlab.feedback_backward.default, (torch.randn_like(s), *saved))
 
 
 def test_takes_views_and_inputs_without_gradient():
@@ -373,7 +385,7 @@ def test_takes_views_and_inputs_without_gradient():
     weights = torch.randn_like(inputs[2])
     assert_all_close(gradients(views, weights, chunk_size=4), gradients(inputs, weights, chunk_size=4), 1e-13)
     f = inputs[2].clone().requires_grad_()
-    (df,) = torch.autograd.grad((run_chunked(*inputs[:2], f, inputs[3]) * weights).sum(), [f])
+    (df,) = torch.autograd.grad((run_chunked(inputs[0], inputs[1], f, inputs[3]) * weights).sum(), [f])
     assert_all_close([df], [gradients(inputs, weights)[3]])
     assert not run_chunked(*inputs).requires_grad
 
@@ -381,20 +393,18 @@ def test_takes_views_and_inputs_without_gradient():
 # ---- numerics ----
 
 
-@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 8.0])
 @pytest.mark.parametrize("gain", [0.5, 0.999])
-def test_bf16_error_is_at_most_1_2_times_the_textbook_compositions(autocast, sharpness, gain):
+def test_bf16_error_is_at_most_1_2_times_the_textbook_compositions(sharpness, gain):
     errors: dict[str, list[list[float]]] = {backend: [] for backend in BACKENDS}
     for seed in range(5):
         inputs = make_inputs(
-            1, 1, 256, 64, 64, sharpness=sharpness, gain=gain, seed=seed, dtype=torch.bfloat16
+            1, 1, 200, 64, 64, sharpness=sharpness, gain=gain, seed=seed, dtype=torch.bfloat16
         )
-        weights = torch.randn(1, 1, 256, 64, dtype=torch.bfloat16)
+        weights = torch.randn(1, 1, 200, 64, dtype=torch.bfloat16)
         truth = gradients([x.double() for x in inputs], weights.double(), backend="reference")
         for backend in BACKENDS:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                results = gradients(inputs, weights, backend=backend)
+            results = gradients(inputs, weights, backend=backend, autocast=True)
             errors[backend].append(
                 [float((a - b).norm() / b.norm()) for a, b in zip(results, truth, strict=True)]
             )
@@ -430,8 +440,7 @@ def test_autocast_leaves_float32_inputs_in_float32(backend):
     inputs = make_inputs(dtype=torch.float32)
     weights = torch.ones_like(inputs[2])
     plain = gradients(inputs, weights, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_all_close(gradients(inputs, weights, backend=backend), plain, 1e-6)
+    assert_all_close(gradients(inputs, weights, backend=backend, autocast=True), plain, 0)
 
 
 # ---- memory ----
@@ -472,10 +481,15 @@ def test_memory_of_the_entropy_grows_linearly(tmp_path):
 
 def test_nothing_of_size_t_by_t_is_saved():
     def saved(backend):
-        sizes = []
+        sizes: list[int] = []
+
+        def pack(x):
+            sizes.append(x.numel())
+            return x
+
         inputs = [x.requires_grad_() for x in make_inputs(1, 1, 64, 4, 4)]
         ids = torch.arange(64)[None] // 30
-        with saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        with saved_tensors_hooks(pack, lambda x: x):
             feedback_attention(*inputs, segment_ids=ids, backend=backend, chunk_size=8)
         return sizes
 
