@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="build everything, run one batch of random tokens forward and backward, print sizes and costs; exit",
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     # Imported here, so that --help answers at once.
     from data import DataError
     from lm.config import ConfigError, load_recipe, to_yaml

@@ -389,8 +389,7 @@ def _check_dataclass(schema: type, raw: Any, path: str) -> Any:
     values = {}
     for key in raw:
         if key not in _names(schema):
-            shown = "" if isinstance(raw[key], (dict, list)) else f" = {_show(raw[key])}"
-            raise ConfigError(f"{dot}{key}{shown}: no such key; {one_of(key, _names(schema))}")
+            raise ConfigError(f"{dot}{key} = {_show(raw[key])}: no such key; {one_of(key, _names(schema))}")
     for item in fields(schema):
         full_key, kind = dot + item.name, hints[item.name]
         if is_dataclass(kind):
@@ -398,7 +397,7 @@ def _check_dataclass(schema: type, raw: Any, path: str) -> Any:
         elif item.name in raw:
             values[item.name] = _check_value(raw[item.name], kind, item.metadata, full_key)
         elif item.default is MISSING and item.default_factory is MISSING:
-            raise ConfigError(f"{full_key} is missing: expected {_describe(kind)} ({item.metadata['help']})")
+            raise ConfigError(f"{full_key} is missing: expected {describe(kind)} ({item.metadata['help']})")
     return schema(**values)
 
 
@@ -408,7 +407,7 @@ def _check_value(value: Any, kind: Any, limits: Mapping[str, Any], path: str) ->
         choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"{path} = {_show(value)}: expected {_describe(kind)}{hint}")
+        raise ConfigError(f"{path} = {_show(value)}: expected {describe(kind)}{hint}")
     bounds = [
         ("min", "at least", lambda v, b: v >= b),
         ("max", "at most", lambda v, b: v <= b),
@@ -449,19 +448,22 @@ def _convert(value: Any, kind: Any) -> Any:
     return value if kind in (str, bool) and isinstance(value, kind) else MISSING
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """A type of the schema in words."""
     origin, args = get_origin(kind), get_args(kind)
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
     if kind in names:
         return names[kind]
+    if kind is Any:
+        return "a name, or a mapping"
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(_describe(arm) for arm in args)
+        return " or ".join(describe(arm) for arm in args)
     if origin is list:
-        return f"a list, each item {_describe(args[0])}"
+        return f"a list, each item {describe(args[0])}"
     if origin is tuple:
-        return f"a list of {len(args)}, each {_describe(args[0])}"
+        return f"a list of {len(args)}, each {describe(args[0])}"
     return str(kind)
 
 

@@ -1,0 +1,197 @@
+"""Recipes: what is merged over what, and what a wrong one is told."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from lm.config import ConfigError, load_recipe, to_dict, to_yaml
+
+ROOT = Path(__file__).parents[2]
+GOOD = "data: {name: text, source: files, files: [corpus.txt]}\ntrainer: {steps: 3}\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with good.yaml and a corpus, as the working directory."""
+    (tmp_path / "good.yaml").write_text(GOOD)
+    (tmp_path / "corpus.txt").write_text("hello\n" * 100)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+BAD = {
+    "typo in a section": (["optm.lr=1"], "optm = {'lr': 1}: no such key", "did you mean 'optim'?"),
+    "typo in a key": (["optim.learning_rate=1"], "optim.learning_rate = 1: no such key", "lr"),
+    "near typo": (["trainer.batch_sise=4"], "trainer.batch_sise = 4", "did you mean 'batch_size'?"),
+    "typo at the top": (["sede=1"], "sede = 1: no such key", "did you mean 'seed'?"),
+    "text for a number": (["optim.lr=fast"], "optim.lr = 'fast'", "expected a number"),
+    "fraction for an integer": (["model.n_layers=2.5"], "model.n_layers = 2.5", "expected an integer"),
+    "number for a switch": (["trainer.compile=1"], "trainer.compile = 1", "expected true or false"),
+    "switch for an integer": (["trainer.batch_size=true"], "trainer.batch_size = true", "expected an integer"),
+    "scalar for a section": (["optim=adam"], "optim = 'adam'", "expected a mapping with keys lr,"),
+    "list of the wrong length": (["optim.betas=[0.9]"], "optim.betas = [0.9]", "expected a list of 2"),
+    "not a choice": (["trainer.precision=bf16"], "trainer.precision = 'bf16'", "one of 32, bf16-mixed, bf16-true"),
+    "near a choice": (["model.block=gate"], "model.block = 'gate'", "did you mean 'gated'?"),
+    "too small": (["model.n_layers=0"], "model.n_layers = 0", "expected at least 1"),
+    "too large": (["model.dropout=1.0"], "model.dropout = 1.0", "expected at least 0 and below 1"),
+    "betas out of range": (["optim.betas=[0.9,1.5]"], "optim.betas = (0.9, 1.5)", "below 1"),
+    "unknown mixer": (["model.mixer=sesa"], "model.mixer = 'sesa': no such mixer", "did you mean 'sessa'?"),
+    "unknown mixer in a list": (["model.mixer=[sessa,mamba9]"], "model.mixer[1] = 'mamba9'", "attention, identity"),
+    "no mixer at all": (["model.mixer=[]"], "model.mixer = []", "at least one mixer"),
+    "unknown option of a mixer": (["model.mixer.n_hed=2"], "model.mixer.n_hed = 2", "did you mean 'n_heads'?"),
+    "gain bound of 1": (["model.mixer.gamma_max=1.0"], "model.mixer.gamma_max = 1.0", "expected above 0 and below 1"),
+    "heads do not divide": (["model.mixer.n_heads=7"], "model.mixer.n_heads = 7", "divide model.d_model = 256; nearest: 8"),
+    "kv heads do not divide": (
+        ["model.mixer={name: attention, n_heads: 8, n_kv_heads: 3}"],
+        "model.mixer.n_kv_heads = 3",
+        "valid: 1, 2, 4, 8",
+    ),
+    "odd heads cannot rotate": (["model.d_model=3"], "model.mixer.n_heads = null", "even width"),
+    "unknown data module": (["data=txt"], "data = 'txt': no such data module", "did you mean 'text'?"),
+    "unknown option of the data": (["data.sequence_length=8"], "data.sequence_length = 8", "seq_len"),
+    "no horizon": (["trainer.steps=null"], "trainer.steps = null", "exactly one of"),
+    "two horizons": (["trainer={steps: 3, epochs: 2}"], "trainer.epochs = 2", "exactly one of"),
+    "missing data file": (["data.files=[corpsu.txt]"], "data.files", "did you mean corpus.txt?"),
+    "not key=value": (["model.mixer"], "'model.mixer'", "expected key=value"),
+    "index into a list": (["model.mixer[0]=sessa"], "model.mixer[0]=sessa", "expected key=value"),
+    "broken value": (["model.mixer={name: sessa"], "model.mixer={name: sessa", "not valid YAML"),
+    "missing plug-in": (["plugins=[no_such_module]"], "plugins", "no_such_module"),
+    "missing interpolation": (["optim.lr=${optim.nothing}"], "optim.nothing", "good.yaml"),
+    "run to resume is missing": (["resume=nowhere"], "run folder nowhere", "no such folder"),
+    "no GPU": (["strategy.accelerator=tpu"], "strategy.accelerator = 'tpu'", "one of auto, cpu, gpu"),
+    "several devices": (["strategy.devices=2"], "strategy.devices = 2", "at most 1"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "where", "hint"), BAD.values(), ids=BAD)
+def test_a_wrong_override_gets_one_clear_line(folder, capsys, overrides, where, hint):
+    assert train.main(["good.yaml", *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, "one line"
+    assert where in err
+    assert hint in err
+    assert not (folder / "runs").exists(), "nothing was begun"
+
+
+BAD_FILES = {
+    "not YAML": ("model: [unclosed", "bad.yaml: line 2, column 1", "not valid YAML"),
+    "not a mapping": ("- a\n- b\n", "bad.yaml", "expected a mapping of sections"),
+    "missing base": ("base: nothing.yaml\n", "nothing.yaml", "no such file"),
+    "base is no path": ("base: 3\n", "base = 3", "path of a recipe"),
+    "its own base": ("base: bad.yaml\n", "base", "its own base"),
+    "key twice": ("seed: 1\nseed: 2\n", "bad.yaml: line 2", "duplicate key"),
+    "binary": ("\x00\x01", "bad.yaml", "not valid YAML"),
+    "mixer without a name": ("model: {mixer: [{n_heads: 2}]}\n" + GOOD, "model.mixer[0].name is missing", "valid: attention"),
+    "section is a list": ("optim: [1, 2]\n" + GOOD, "optim = [1, 2]", "expected a mapping"),
+    "mixer is a number": ("model: {mixer: 3}\n" + GOOD, "model.mixer = 3", "a mixer's name or a mapping"),
+}
+
+
+@pytest.mark.parametrize(("text", "where", "hint"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_wrong_recipe_file_gets_one_clear_line(folder, capsys, text, where, hint):
+    (folder / "bad.yaml").write_text(text)
+    assert train.main(["bad.yaml"]) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert where in err
+    assert hint in err
+
+
+def test_a_missing_recipe_names_the_nearest(folder, capsys):
+    assert train.main(["god.yaml"]) == 2
+    assert "did you mean good.yaml?" in capsys.readouterr().err
+
+
+def test_layers_are_merged_in_order(folder):
+    (folder / "base.yaml").write_text(GOOD + "seed: 5\noptim: {lr: 0.5, weight_decay: 0.25}\n")
+    (folder / "top.yaml").write_text("base: base.yaml\noptim: {lr: 0.125}\n")
+    recipe = load_recipe("top.yaml", ["optim.warmup_steps=7"])
+    assert recipe.name == "top"
+    assert recipe.seed == 5
+    assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.warmup_steps) == (0.125, 0.25, 7)
+    assert recipe.optim.eps == 1e-8
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "expected"),
+    [
+        ("sessa", ["model.mixer=attention"], {"name": "attention", "n_heads": None}),
+        ("{name: sessa, n_heads: 4}", ["model.mixer=attention"], {"name": "attention", "n_heads": None}),
+        ("{name: sessa, n_heads: 4}", ["model.mixer.name=attention"], {"name": "attention", "n_heads": None}),
+        ("{name: sessa, n_heads: 4}", ["model.mixer.rope=false"], {"name": "sessa", "n_heads": 4, "rope": False}),
+        ("sessa", ["model.mixer.n_heads=2"], {"name": "sessa", "n_heads": 2}),
+        ("[sessa, attention]", ["model.mixer=identity"], {"name": "identity"}),
+        ("{name: sessa, n_heads: 4}", ["model.mixer=sessa"], {"name": "sessa", "n_heads": None}),
+    ],
+)
+def test_naming_another_mixer_replaces_the_section(folder, recipe, overrides, expected):
+    (folder / "r.yaml").write_text(GOOD + f"model: {{mixer: {recipe}}}\n")
+    mixer = load_recipe("r.yaml", overrides).model.mixer
+    assert {key: mixer[key] for key in expected} == expected
+
+
+def test_another_horizon_replaces_the_recipes(folder):
+    trainer = load_recipe("good.yaml", ["trainer.tokens=1e6"]).trainer
+    assert (trainer.steps, trainer.epochs, trainer.tokens) == (None, None, 1e6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lr=st.floats(1e-6, 1, allow_nan=False),
+    layers=st.integers(1, 50),
+    mixer=st.sampled_from(["sessa", "[identity, {name: attention, window: 9}]", "{name: sessa, feedback: false}"]),
+)
+def test_the_resolved_recipe_is_a_recipe_for_the_same(tmp_path_factory, lr, layers, mixer):
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "a.yaml").write_text(
+        f"optim: {{lr: {lr!r}}}\nmodel: {{n_layers: {layers}, mixer: {mixer}}}\ntrainer: {{steps: 3}}\n"
+    )
+    recipe = load_recipe(folder / "a.yaml")
+    (folder / "b.yaml").write_text(to_yaml(recipe))
+    assert to_dict(load_recipe(folder / "b.yaml")) == to_dict(recipe)
+
+
+def test_print_config_prints_every_key(folder, capsys):
+    assert train.main(["good.yaml", "--print-config", "model.mixer=identity"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == to_dict(load_recipe("good.yaml", ["model.mixer=identity"]))
+
+
+def test_plugins_register_before_the_recipe_is_checked(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    (folder / "my_plugin.py").write_text(
+        textwrap.dedent("""
+        from dataclasses import dataclass, field
+        from mixers import register_mixer
+        from mixers.identity import Identity
+
+        @dataclass
+        class Config:
+            width: int = field(default=3, metadata={"help": "width"})
+
+        @register_mixer("mine", Config)
+        class Mine(Identity):
+            pass
+        """)
+    )
+    recipe = load_recipe("good.yaml", ["plugins=[my_plugin]", "model.mixer=mine"])
+    assert recipe.model.mixer == {"name": "mine", "width": 3}
+
+
+def test_a_broken_plugin_is_named(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    (folder / "broken_plugin.py").write_text("raise RuntimeError('out of order')")
+    with pytest.raises(ConfigError, match="broken_plugin.*RuntimeError: out of order"):
+        load_recipe("good.yaml", ["plugins=[broken_plugin]"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_right(path):
+    assert load_recipe(path).name == path.stem

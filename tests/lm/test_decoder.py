@@ -1,0 +1,199 @@
+"""The decoder: packed rows, decoding, initialisation, weight decay, memory of the loss."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lm.config import OptimConfig
+from lm.decoder import Decoder, no_decay_parameters, token_losses
+from lm.optim import build_optimizer
+from lm.precision import to_bf16
+
+LAYOUTS = {
+    "gated": {"block": "gated"},
+    "transformer": {"block": "transformer"},
+    "no MLP": {"block": "transformer", "mlp": "none", "norm": "rmsnorm"},
+    "hybrid": {"mixer": ["attention", {"name": "sessa", "n_heads": 2}, "identity"], "mlp": "gelu"},
+    "untied": {"tie_embeddings": False},
+}
+
+
+def build(**options):
+    decoder = Decoder(50, **{"d_model": 16, "n_layers": 3, "mlp_width": 24, **options}).eval()
+    decoder.initialize(0)
+    return decoder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_extend_equals_forward(layout):
+    decoder = build(**layout).double()
+    ids = torch.randint(50, (2, 11), generator=torch.Generator().manual_seed(0))
+    states = decoder.init_state(2, 11)
+    pieces = []
+    for piece in ids.split([4, 1, 6], dim=1):
+        logits, states = decoder.extend(piece, states)
+        pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), decoder(ids), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    mixer=st.sampled_from(["sessa", "attention", "identity"]),
+    block=st.sampled_from(["gated", "transformer"]),
+)
+def test_packed_documents_are_as_if_alone(lengths, mixer, block):
+    decoder = build(mixer=mixer, block=block).double()
+    generator = torch.Generator().manual_seed(len(lengths))
+    documents = [torch.randint(50, (n,), generator=generator) for n in lengths]
+    labels = [torch.cat((d[1:], torch.tensor([-100]))) for d in documents]
+    segment_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    packed, _ = decoder(torch.cat(documents)[None], torch.cat(labels)[None], segment_ids[None])
+    apart = [decoder(d[None], y[None])[0] for d, y in zip(documents, labels, strict=True)]
+    torch.testing.assert_close(packed, torch.cat(apart, dim=1), rtol=1e-10, atol=1e-10)
+    parameters = list(decoder.parameters())
+    ours = torch.autograd.grad(packed.sum(), parameters, allow_unused=True)
+    theirs = torch.autograd.grad(torch.cat(apart, dim=1).sum(), parameters, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_losses_are_the_cross_entropy_of_the_logits():
+    decoder = build().double()
+    ids = torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(-1, 1).clone()
+    labels[1, 2:5] = -100
+    nll, correct = decoder(ids, labels)
+    logits = decoder(ids)
+    expected = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    torch.testing.assert_close(nll, expected)
+    assert torch.equal(correct, logits.argmax(-1) == labels)
+    assert (nll[1, 2:5] == 0).all()
+    ours = torch.autograd.grad(nll.sum(), list(decoder.parameters()))
+    theirs = torch.autograd.grad(expected.sum(), list(decoder.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_never_holds_all_logits(dtype):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    positions, vocab = 512, 5000
+    x = torch.randn(2, positions // 2, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, 8, dtype=dtype, requires_grad=True)
+    with Largest() as largest:
+        nll, _ = token_losses(x, weight, torch.zeros(2, positions // 2, dtype=torch.int64))
+        nll.sum().backward()
+    assert nll.dtype == torch.float32
+    assert largest.elements <= positions * vocab / 8
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        token_losses(x, weight, torch.zeros(2, positions // 2, dtype=torch.int64))
+    assert max(saved, default=0) <= weight.numel()
+
+
+def test_norms_biases_and_gains_are_not_decayed():
+    decoder = build(mixer=["sessa", {"name": "attention", "qk_norm": True}], block="transformer")
+    optimizer = build_optimizer(decoder, OptimConfig(weight_decay=0.5, lr=0.1))
+    names = {id(p): name for name, p in decoder.named_parameters()}
+    before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    for p in decoder.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # with no gradient, weight decay alone moves anything
+    decayed = {name for name, p in decoder.named_parameters() if not torch.equal(p, before[name])}
+    not_decayed = set(names.values()) - decayed
+    zero = {name for name in not_decayed if not before[name].any()}  # decaying zeros shows nothing
+    assert "blocks.0.mixer.gamma_bias" in not_decayed
+    assert "blocks.1.mixer.q_norm.weight" in not_decayed
+    assert "blocks.0.norm.weight" in not_decayed
+    assert "norm.weight" in not_decayed
+    assert all(before[name].ndim == 2 for name in decayed)
+    assert all(before[name].ndim == 1 for name in not_decayed)
+    assert zero <= no_decay_parameters(decoder), "biases start at zero, and are in the group without decay"
+    groups = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name for name, decay in groups.items() if decay == 0} == no_decay_parameters(decoder)
+    assert set(groups) == set(before), "every parameter is in one group"
+
+
+def test_bf16_weights_leave_the_sensitive_ones_in_float32():
+    decoder = build(mixer="sessa")
+    to_bf16(decoder)
+    low = {name for name, p in decoder.named_parameters() if p.dtype == torch.bfloat16}
+    assert {name for name, p in decoder.named_parameters() if p.ndim == 2} == low
+    ids = torch.randint(50, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        nll, _ = decoder(ids, ids)
+    nll.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in decoder.parameters())
+
+
+def test_initial_values_depend_on_seed_and_name_alone():
+    small, deep = build(n_layers=3), build(n_layers=5)
+    again, other = build(n_layers=3), build(n_layers=3)
+    other.initialize(1)
+    values = dict(deep.named_parameters())
+    for name, p in small.named_parameters():
+        assert torch.equal(p, again.get_parameter(name))
+        if p.ndim == 2:
+            assert not torch.equal(p, other.get_parameter(name))
+            if "out_proj" not in name:
+                assert torch.equal(p, values[name]), f"{name} depends on the depth"
+
+
+def test_residual_projections_start_smaller_with_depth():
+    decoder = Decoder(50, d_model=64, n_layers=8, mixer="attention", block="transformer")
+    decoder.initialize(0)
+    expected = 0.02 / math.sqrt(16)  # a mixer and an MLP in each of 8 layers
+    for block in decoder.blocks:
+        for projection in (block.mixer.out_proj, block.mlp.down):
+            assert projection.weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert block.mixer.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_groups_sum_to_all_parameters(layout):
+    decoder = build(**layout)
+    assert sum(decoder.parameter_groups().values()) == sum(p.numel() for p in decoder.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_flops_are_those_of_the_matrix_products(layout):
+    decoder = build(**layout)
+    time = 8  # of a short row the products with weights are nearly all; the mixers' T x T are checked with them
+    square = sum(b.mixer.flops(2 * time) - 2 * b.mixer.flops(time) for b in decoder.blocks) / 2
+    weights = sum(p.numel() for n, p in decoder.named_parameters() if p.ndim == 2 and "embedding" not in n)
+    weights -= sum(b.mixer.gamma_ctx.weight.numel() for b in decoder.blocks if hasattr(b.mixer, "gamma_ctx"))
+    weights += 0 if decoder.head is not None else decoder.embedding.weight.numel()
+    assert decoder.flops(time) - square == pytest.approx(2 * time * weights, rel=0.02)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in (False, True):
+        decoder = build(activation_checkpointing=checkpointing).train()
+        decoder(ids, ids)[0].sum().backward()
+        gradients.append([p.grad for p in decoder.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_module_that_cannot_be_drawn_is_named():
+    decoder = build()
+    decoder.blocks[0].extra = torch.nn.ParameterList([torch.zeros(3)])
+    with pytest.raises(TypeError, match=r"blocks\.0\.extra: ParameterList"):
+        decoder.initialize(0)
