@@ -97,9 +97,11 @@ class HubSource(Source):
     @cached_property
     def dataset(self) -> Any:
         import datasets  # takes seconds to import, and most runs do not need it
+        import huggingface_hub.utils
 
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()
+        for library in (datasets, huggingface_hub.utils):
+            library.disable_progress_bars()
+            library.logging.set_verbosity_error()
         try:
             dataset = datasets.load_dataset(
                 self.name,

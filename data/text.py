@@ -38,7 +38,7 @@ FORMAT = 1
 BATCH = 1 << 22
 """Characters that are tokenised at a time."""
 
-PIECE = 1 << 18
+PIECE = 1 << 16
 """Characters after which a document is cut, so that one huge file uses all cores and little memory."""
 
 
@@ -332,7 +332,8 @@ class TextData(DataModule):
             return self._tokenizer_from_file()
         task = progress.add_task("training the tokenizer", counts="")
         documents = self._documents(progress, task)
-        return train_bpe((d.text for split, d in documents if split == "train"), self.config.vocab_size)
+        texts = (piece for split, document in documents if split == "train" for piece in _cut(document.text))
+        return train_bpe(texts, self.config.vocab_size)
 
     def _tokenise(self, tokenizer: TextTokenizer, writers: dict[str, _Writer], progress: Progress) -> None:
         task = progress.add_task("tokenising", counts="")
@@ -349,12 +350,13 @@ class TextData(DataModule):
 
         n_characters = 0
         for split, document in self._documents(progress, task):
-            *firsts, last = _cut(document.text)
-            batch += [(writers[split], piece, False) for piece in firsts] + [(writers[split], last, True)]
-            n_characters += len(document.text)
-            if n_characters > BATCH:
-                write()
-                n_characters = 0
+            pieces = _cut(document.text)
+            for n, piece in enumerate(pieces, 1):
+                batch.append((writers[split], piece, n == len(pieces)))
+                n_characters += len(piece)
+                if n_characters > BATCH:
+                    write()
+                    n_characters = 0
         write()
 
     def _documents(self, progress: Progress, task: TaskID) -> Iterator[tuple[str, Document]]:
