@@ -53,7 +53,7 @@ def build_data(config: Any, seed: int) -> DataModule:
 
 def _lookup(name: str) -> tuple[type, type[DataModule]]:
     if name not in DATA_MODULES:
-        near = difflib.get_close_matches(name, data_names(), n=1)
+        near = difflib.get_close_matches(str(name), data_names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown data module {name!r}: {hint}valid: {', '.join(data_names())}")
     return DATA_MODULES[name]

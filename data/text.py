@@ -133,9 +133,9 @@ class TextConfig:
         """(field, what would be right) where something does not fit. No file is opened."""
         for name, source in {"files": "files", "valid_files": "files", "dataset": "hf"}.items():
             if getattr(self, name) and self.source != source:
-                yield name, f"is only read with source = {source}, but source = {self.source}"
+                yield name, f"only read with source = {source}, but source = {self.source}"
         if self.tokenizer_file is not None and self.tokenizer != "file":
-            yield "tokenizer_file", f"is only read with tokenizer = file, but tokenizer = {self.tokenizer}"
+            yield "tokenizer_file", f"only read with tokenizer = file, but tokenizer = {self.tokenizer}"
         has_columns = self.source == "hf"
         if self.source == "files":
             if not self.files:
@@ -362,7 +362,8 @@ class TextData(DataModule):
     def _documents(self, progress: Progress, task: TaskID) -> Iterator[tuple[str, Document]]:
         """All documents with their split; moves the progress bar."""
         sources = self._sources
-        progress.update(task, total=sum(source.total for source in sources.values()))
+        total = sum(source.total for source in sources.values())
+        progress.update(task, total=total)
         parts = {
             split: islice(source.documents(), self.config.max_documents) for split, source in sources.items()
         }
@@ -375,6 +376,7 @@ class TextData(DataModule):
             if document.text:
                 yield split, document
             progress.advance(task, document.weight)
+        progress.update(task, completed=total)
 
     def _divided(self, documents: Iterator[Document]) -> Iterator[tuple[str, Document]]:
         """Gives a part of the documents to validation; of a single one, its end."""
