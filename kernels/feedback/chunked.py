@@ -172,7 +172,8 @@ def _backward(
     row_lse = lse.flatten(0, 1)[..., None]  # (N, T, 1)
     row_lse = row_lse.masked_fill(row_lse == float("-inf"), 0.0)  # rows that see nothing
 
-    dq, dk, dgamma = torch.empty_like(qn), torch.zeros_like(kn), torch.empty_like(gain)
+    # Contiguous whatever the layout of q and k, as register_fake promises.
+    dq, dk, dgamma = qn.new_empty(qn.shape), kn.new_zeros(kn.shape), gain.new_empty(gain.shape)
     # Starts as the gradient of s; each panel turns its rows into G and adds to the rows before it.
     g = sn.new_zeros(B * H, S, P)
     g[:, L:] = ds.flatten(0, 1)

@@ -334,7 +334,7 @@ def test_forward_mode_raises():
         torch.func.jvp(run_chunked, inputs, inputs)
 
 
-@pytest.mark.parametrize("options", ["plain", "segments", "past", "autocast"])
+@pytest.mark.parametrize("options", ["plain", "segments", "past", "autocast", "views"])
 def test_compiles_without_a_graph_break(options):
     def loss(q, k, f, gamma, segment_ids, past):
         s = feedback_attention(q, k, f, gamma, segment_ids=segment_ids, past=past, chunk_size=4)
@@ -343,6 +343,8 @@ def test_compiles_without_a_graph_break(options):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for T in (13, 9):
         inputs = [x.requires_grad_() for x in make_inputs(T=T)]
+        if options == "views":  # (B, H, T, ...) laid out (H, T, B, ...)
+            inputs = [x.detach().movedim(0, 2).contiguous().movedim(2, 0).requires_grad_() for x in inputs]
         segment_ids = SEGMENTS[:, :T] if options == "segments" else None
         past = (torch.randn(2, 2, 6, 4, dtype=F64), torch.randn(2, 2, 6, 5, dtype=F64))
         arguments = [*inputs, segment_ids, past if options == "past" else None]
@@ -376,6 +378,9 @@ def test_operators_are_registered_correctly():
     s, lse = torch.ops.mixerlab.feedback_forward(*arguments)
     saved = (q, k, gamma, s, lse, past, SEGMENTS[:, :6], 0.5, 4)
     torch.library.opcheck(torch.ops.mixerlab.feedback_backward.default, (torch.randn_like(s), *saved))
+    q, k = (x.movedim(0, 2).contiguous().movedim(2, 0) for x in (q, k))
+    saved = (q, k, *saved[2:])
+    torch.library.opcheck(torch.ops.mixerlab.feedback_backward.default, (torch.randn_like(s), *saved))
 
 
 def test_takes_views_and_inputs_without_gradient():
@@ -399,9 +404,9 @@ def test_bf16_error_is_at_most_1_2_times_the_textbook_compositions(sharpness, ga
     errors: dict[str, list[list[float]]] = {backend: [] for backend in BACKENDS}
     for seed in range(5):
         inputs = make_inputs(
-            1, 1, 200, 64, 64, sharpness=sharpness, gain=gain, seed=seed, dtype=torch.bfloat16
+            1, 1, 150, 32, 32, sharpness=sharpness, gain=gain, seed=seed, dtype=torch.bfloat16
         )
-        weights = torch.randn(1, 1, 200, 64, dtype=torch.bfloat16)
+        weights = torch.randn(1, 1, 150, 32, dtype=torch.bfloat16)
         truth = gradients([x.double() for x in inputs], weights.double(), backend="reference")
         for backend in BACKENDS:
             results = gradients(inputs, weights, backend=backend, autocast=True)
@@ -463,12 +468,12 @@ def test_memory_of_chunked_grows_linearly_and_of_reference_quadratically(tmp_pat
     def peak(backend, T):
         inputs = [x.requires_grad_() for x in make_inputs(1, 1, T, 16, 16, dtype=torch.float32)]
         return peak_bytes(
-            lambda: feedback_attention(*inputs, backend=backend, chunk_size=32).sum().backward(), tmp_path
+            lambda: feedback_attention(*inputs, backend=backend, chunk_size=64).sum().backward(), tmp_path
         )
 
-    assert peak("chunked", 2048) < 2.1 * peak("chunked", 1024)
-    assert peak("reference", 2048) > 3.5 * peak("reference", 1024)
-    assert peak("chunked", 2048) < peak("reference", 2048) / 10
+    assert peak("chunked", 1024) < 2.1 * peak("chunked", 512)
+    assert peak("reference", 1024) > 3.5 * peak("reference", 512)
+    assert peak("chunked", 1024) < peak("reference", 1024) / 10
 
 
 def test_memory_of_the_entropy_grows_linearly(tmp_path):
@@ -476,7 +481,7 @@ def test_memory_of_the_entropy_grows_linearly(tmp_path):
         q, k, _, _ = make_inputs(1, 1, T, 16, 1, dtype=torch.float32)
         return peak_bytes(lambda: routing_entropy(q, k), tmp_path)
 
-    assert peak(4096) < 2.1 * peak(2048)
+    assert peak(2048) < 2.1 * peak(1024)
 
 
 def test_nothing_of_size_t_by_t_is_saved():
