@@ -371,8 +371,8 @@ def test_compiled_code_follows_use_backend():
 
 
 def test_operators_are_registered_correctly():
-    q, k, f, gamma = make_inputs(T=6)
-    past = torch.randn(2, 2, 0, 5, dtype=F64)
+    q, k, f, gamma = make_inputs(H=1, T=6)  # one head: layouts of q and k reach the loops as they are
+    past = torch.randn(2, 1, 0, 5, dtype=F64)
     arguments = (q, k, f, gamma, past, SEGMENTS[:, :6], 0.5, 4, F64)
     torch.library.opcheck(torch.ops.mixerlab.feedback_forward.default, arguments)
     s, lse = torch.ops.mixerlab.feedback_forward(*arguments)
