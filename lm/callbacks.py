@@ -59,7 +59,7 @@ class CSVMetrics(Logger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows((step, name, f"{value:.8g}") for name, value in metrics.items())
+            csv.writer(file).writerows((step, name, repr(float(value))) for name, value in metrics.items())
 
 
 class Metrics(Callback):
@@ -178,6 +178,7 @@ class StepProgress(ProgressBar):
         self.console.quiet = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._printed = trainer.global_step
         if not self.console.is_terminal:
             return
         self._progress = Progress(

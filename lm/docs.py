@@ -40,15 +40,19 @@ def recipes_markdown() -> str:
         if is_dataclass(kind):
             parts.append(_section(f"`{field.name}`", f"{field.name}.", typing.cast(type, kind)))
     for name in mixer_names():
-        about = (mixer_class(name).__doc__ or "").splitlines()[0]
+        about = _first_line(mixer_class(name))
         schema = mixer_config(name)
         parts.append(_section(f"Mixer `{name}`", "model.mixer.", schema, about=about))
     for name in data_names():
         schema = data_config(name)
-        about = (schema.__doc__ or "").splitlines()[0]
+        about = _first_line(schema)
         options = [f for f in fields(schema) if f.name != "name"]
         parts.append(_section(f"Data `{name}`", "data.", schema, options, about))
     return "\n".join(parts)
+
+
+def _first_line(documented: type) -> str:
+    return (documented.__doc__ or "").partition("\n")[0]
 
 
 def _section(title: str, prefix: str, schema: type, keys: list[Field] | None = None, about: str = "") -> str:

@@ -19,7 +19,6 @@ from lm.decoder import Decoder
 from mixers import State
 
 
-@torch.inference_mode()
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -47,24 +46,23 @@ def generate(
     device = decoder.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     max_len = max(len(prompt) for prompt in prompts) + max_new_tokens
-    with torch.autocast(
-        device.type, torch.bfloat16, enabled=decoder.embedding.weight.dtype == torch.bfloat16
-    ):
-        # Prompts of different lengths are read apart, so that none sees padding; then they go on together.
-        last_logits, states = [], []
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)], device=device)  # (1, length)
-            logits, state = decoder.extend(ids, decoder.init_state(1, max_len))
-            last_logits.append(logits[:, -1])
-            states.append(state)
-        layers: list[State] = [type(layer[0]).cat(layer) for layer in zip(*states, strict=True)]
-        next_logits = torch.cat(last_logits)  # (B, V)
-        for i in range(max_new_tokens):
-            token = sample(next_logits, temperature, top_p, generator)  # (B,)
-            yield token
-            if i + 1 < max_new_tokens:
-                logits, layers = decoder.extend(token[:, None].to(device), layers)
-                next_logits = logits[:, -1]
+
+    def extend(ids: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
+        # Entered anew for each token: a context held across a yield would leak into the caller.
+        low = decoder.embedding.weight.dtype == torch.bfloat16
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=low):
+            logits, states = decoder.extend(ids.to(device), states)
+            return logits[:, -1], states  # (B, V)
+
+    # Prompts of different lengths are read apart, so that none sees padding; then they go on together.
+    read = [extend(torch.tensor([list(prompt)]), decoder.init_state(1, max_len)) for prompt in prompts]
+    logits = torch.cat([last for last, _ in read])  # (B, V)
+    states = [type(layer[0]).cat(layer) for layer in zip(*(states for _, states in read), strict=True)]
+    for i in range(max_new_tokens):
+        token = sample(logits, temperature, top_p, generator)  # (B,)
+        yield token
+        if i + 1 < max_new_tokens:
+            logits, states = extend(token[:, None], states)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

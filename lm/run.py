@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from data import load_tokenizer
+from data import TextTokenizer, load_tokenizer
 from lm.config import ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
 from lm.decoder import Decoder
 from lm.precision import to_bf16
@@ -140,9 +140,9 @@ def build_decoder(recipe: Recipe, vocab_size: int) -> Decoder:
     return Decoder(vocab_size, **vars(recipe.model))
 
 
-def load_run_tokenizer(run: Path):
+def load_run_tokenizer(run: Path) -> TextTokenizer:
     """The tokenizer saved in the run. Raises ConfigError if its data had none."""
-    try:
-        return load_tokenizer(run)
-    except FileNotFoundError as error:
-        raise ConfigError(f"run folder {run}: it has no tokenizer, so its tokens are not text") from error
+    tokenizer = load_tokenizer(run)
+    if tokenizer is None:
+        raise ConfigError(f"run folder {run}: it has no tokenizer, so its tokens are not text")
+    return tokenizer

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from data import DataModule, build_data, data_config
+from data import DataModule, build_data, data_config, load_tokenizer
 from lm.batches import Loaders
 from lm.callbacks import CSVMetrics, Metrics, SampleText, StepCheckpoint, StepProgress, StopAtTheEnd
 from lm.config import ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
@@ -92,6 +92,7 @@ def train(recipe: Recipe, console: Console) -> Result:
     run = create_run(recipe) if resumed is None else resumed
     if resumed is not None:
         (run / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+        _refuse_other_tokens(run, data)
     data.save_tokenizer(run)
 
     loaders = Loaders(data, recipe.trainer.batch_size, recipe.trainer.num_workers, recipe.seed)
@@ -142,15 +143,25 @@ def train(recipe: Recipe, console: Console) -> Result:
     )
     text = "\n".join("    " + line for line in to_yaml(recipe).splitlines())
     tensorboard.experiment.add_text("recipe", text, first_step)
-    trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
     trainer.save_checkpoint(run / "checkpoints" / LAST)
     final = {name: float(value) for name, value in trainer.callback_metrics.items() if "/layer_" not in name}
     tensorboard.log_hyperparams(_flat(to_dict(recipe)), final)
     tensorboard.finalize("success")
     (run / "result.json").write_text(json.dumps({"steps": trainer.global_step, **final}, indent=2) + "\n")
     return Result(run, trainer.global_step, final, sampler.latest if sampler else "")
+
+
+def _refuse_other_tokens(run: Path, data: DataModule) -> None:
+    before = load_tokenizer(run)
+    if before is not None and data.tokenizer is not None and before.pieces != data.tokenizer.pieces:
+        raise ConfigError(
+            f"resume = {str(run)!r}: its tokenizer is not the one that the data gives now; the documents must have "
+            "changed since. Restore them, or start a new run"
+        )
 
 
 def _precision(recipe: Recipe, kind: str) -> dict:

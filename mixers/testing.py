@@ -218,7 +218,9 @@ def check_flops(factory: Factory) -> None:
         def solve(a: torch.Size, b: torch.Size, *_, out_shape=None, **__) -> int:
             return 2 * b.numel() * a[-1]
 
-        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: solve})
+        counter = FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: solve}
+        )
         with counter, sdpa_kernel(SDPBackend.MATH), use_backend("reference"), torch.no_grad():
             mixer(torch.zeros(1, time, 64))
         return counter.get_total_flops()

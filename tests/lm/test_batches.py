@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from lm.batches import Batches, epoch_order
 
 
-@given(seed=st.integers(0, 2**31), n_rows=st.integers(1, 40), batch_size=st.integers(1, 50), start=st.integers(0, 30))
+@given(
+    seed=st.integers(0, 2**31),
+    n_rows=st.integers(1, 40),
+    batch_size=st.integers(1, 50),
+    start=st.integers(0, 30),
+)
 def test_starting_later_gives_the_rest_of_the_same_batches(seed, n_rows, batch_size, start):
     whole = list(islice(Batches(seed, n_rows, batch_size), start + 5))
     assert list(islice(Batches(seed, n_rows, batch_size, start), 5)) == whole[start:]

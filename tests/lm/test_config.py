@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import train
 from lm.config import ConfigError, load_recipe, to_dict, to_yaml
+from mixers import registry
 
 ROOT = Path(__file__).parents[2]
 GOOD = "data: {name: text, source: files, files: [corpus.txt]}\ntrainer: {steps: 3}\n"
@@ -32,20 +33,44 @@ BAD = {
     "text for a number": (["optim.lr=fast"], "optim.lr = 'fast'", "expected a number"),
     "fraction for an integer": (["model.n_layers=2.5"], "model.n_layers = 2.5", "expected an integer"),
     "number for a switch": (["trainer.compile=1"], "trainer.compile = 1", "expected true or false"),
-    "switch for an integer": (["trainer.batch_size=true"], "trainer.batch_size = true", "expected an integer"),
+    "switch for an integer": (
+        ["trainer.batch_size=true"],
+        "trainer.batch_size = true",
+        "expected an integer",
+    ),
     "scalar for a section": (["optim=adam"], "optim = 'adam'", "expected a mapping with keys lr,"),
     "list of the wrong length": (["optim.betas=[0.9]"], "optim.betas = [0.9]", "expected a list of 2"),
-    "not a choice": (["trainer.precision=bf16"], "trainer.precision = 'bf16'", "one of 32, bf16-mixed, bf16-true"),
+    "not a choice": (
+        ["trainer.precision=bf16"],
+        "trainer.precision = 'bf16'",
+        "one of 32, bf16-mixed, bf16-true",
+    ),
     "near a choice": (["model.block=gate"], "model.block = 'gate'", "did you mean 'gated'?"),
     "too small": (["model.n_layers=0"], "model.n_layers = 0", "expected at least 1"),
     "too large": (["model.dropout=1.0"], "model.dropout = 1.0", "expected at least 0 and below 1"),
     "betas out of range": (["optim.betas=[0.9,1.5]"], "optim.betas = (0.9, 1.5)", "below 1"),
     "unknown mixer": (["model.mixer=sesa"], "model.mixer = 'sesa': no such mixer", "did you mean 'sessa'?"),
-    "unknown mixer in a list": (["model.mixer=[sessa,mamba9]"], "model.mixer[1] = 'mamba9'", "attention, identity"),
+    "unknown mixer in a list": (
+        ["model.mixer=[sessa,mamba9]"],
+        "model.mixer[1] = 'mamba9'",
+        "attention, identity",
+    ),
     "no mixer at all": (["model.mixer=[]"], "model.mixer = []", "at least one mixer"),
-    "unknown option of a mixer": (["model.mixer.n_hed=2"], "model.mixer.n_hed = 2", "did you mean 'n_heads'?"),
-    "gain bound of 1": (["model.mixer.gamma_max=1.0"], "model.mixer.gamma_max = 1.0", "expected above 0 and below 1"),
-    "heads do not divide": (["model.mixer.n_heads=7"], "model.mixer.n_heads = 7", "divide model.d_model = 256; nearest: 8"),
+    "unknown option of a mixer": (
+        ["model.mixer.n_hed=2"],
+        "model.mixer.n_hed = 2",
+        "did you mean 'n_heads'?",
+    ),
+    "gain bound of 1": (
+        ["model.mixer.gamma_max=1.0"],
+        "model.mixer.gamma_max = 1.0",
+        "expected above 0 and below 1",
+    ),
+    "heads do not divide": (
+        ["model.mixer.n_heads=7"],
+        "model.mixer.n_heads = 7",
+        "divide model.d_model = 256; nearest: 8",
+    ),
     "kv heads do not divide": (
         ["model.mixer={name: attention, n_heads: 8, n_kv_heads: 3}"],
         "model.mixer.n_kv_heads = 3",
@@ -87,7 +112,11 @@ BAD_FILES = {
     "its own base": ("base: bad.yaml\n", "base", "its own base"),
     "key twice": ("seed: 1\nseed: 2\n", "bad.yaml: line 2", "duplicate key"),
     "binary": ("\x00\x01", "bad.yaml", "not valid YAML"),
-    "mixer without a name": ("model: {mixer: [{n_heads: 2}]}\n" + GOOD, "model.mixer[0].name is missing", "valid: attention"),
+    "mixer without a name": (
+        "model: {mixer: [{n_heads: 2}]}\n" + GOOD,
+        "model.mixer[0].name is missing",
+        "valid: attention",
+    ),
     "section is a list": ("optim: [1, 2]\n" + GOOD, "optim = [1, 2]", "expected a mapping"),
     "mixer is a number": ("model: {mixer: 3}\n" + GOOD, "model.mixer = 3", "a mixer's name or a mapping"),
 }
@@ -125,7 +154,11 @@ def test_layers_are_merged_in_order(folder):
         ("sessa", ["model.mixer=attention"], {"name": "attention", "n_heads": None}),
         ("{name: sessa, n_heads: 4}", ["model.mixer=attention"], {"name": "attention", "n_heads": None}),
         ("{name: sessa, n_heads: 4}", ["model.mixer.name=attention"], {"name": "attention", "n_heads": None}),
-        ("{name: sessa, n_heads: 4}", ["model.mixer.rope=false"], {"name": "sessa", "n_heads": 4, "rope": False}),
+        (
+            "{name: sessa, n_heads: 4}",
+            ["model.mixer.rope=false"],
+            {"name": "sessa", "n_heads": 4, "rope": False},
+        ),
         ("sessa", ["model.mixer.n_heads=2"], {"name": "sessa", "n_heads": 2}),
         ("[sessa, attention]", ["model.mixer=identity"], {"name": "identity"}),
         ("{name: sessa, n_heads: 4}", ["model.mixer=sessa"], {"name": "sessa", "n_heads": None}),
@@ -146,7 +179,9 @@ def test_another_horizon_replaces_the_recipes(folder):
 @given(
     lr=st.floats(1e-6, 1, allow_nan=False),
     layers=st.integers(1, 50),
-    mixer=st.sampled_from(["sessa", "[identity, {name: attention, window: 9}]", "{name: sessa, feedback: false}"]),
+    mixer=st.sampled_from(
+        ["sessa", "[identity, {name: attention, window: 9}]", "{name: sessa, feedback: false}"]
+    ),
 )
 def test_the_resolved_recipe_is_a_recipe_for_the_same(tmp_path_factory, lr, layers, mixer):
     folder = tmp_path_factory.mktemp("recipes")
@@ -166,6 +201,7 @@ def test_print_config_prints_every_key(folder, capsys):
 
 def test_plugins_register_before_the_recipe_is_checked(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     (folder / "my_plugin.py").write_text(
         textwrap.dedent("""
         from dataclasses import dataclass, field

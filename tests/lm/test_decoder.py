@@ -124,7 +124,9 @@ def test_norms_biases_and_gains_are_not_decayed():
     assert all(before[name].ndim == 2 for name in decayed)
     assert all(before[name].ndim == 1 for name in not_decayed)
     assert zero <= no_decay_parameters(decoder), "biases start at zero, and are in the group without decay"
-    groups = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    groups = {
+        names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     assert {name for name, decay in groups.items() if decay == 0} == no_decay_parameters(decoder)
     assert set(groups) == set(before), "every parameter is in one group"
 
@@ -173,7 +175,9 @@ def test_groups_sum_to_all_parameters(layout):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_flops_are_those_of_the_matrix_products(layout):
     decoder = build(**layout)
-    time = 8  # of a short row the products with weights are nearly all; the mixers' T x T are checked with them
+    time = (
+        8  # of a short row the products with weights are nearly all; the mixers' T x T are checked with them
+    )
     square = sum(b.mixer.flops(2 * time) - 2 * b.mixer.flops(time) for b in decoder.blocks) / 2
     weights = sum(p.numel() for n, p in decoder.named_parameters() if p.ndim == 2 and "embedding" not in n)
     weights -= sum(b.mixer.gamma_ctx.weight.numel() for b in decoder.blocks if hasattr(b.mixer, "gamma_ctx"))

@@ -1,0 +1,301 @@
+"""Whole runs of a tiny recipe: what they write, that they repeat, and that they resume."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from lm import generate
+from lm.config import load_recipe
+from lm.module import LanguageModel
+from lm.training import build_decoder, count_steps, make_data
+
+ROOT = Path(__file__).parents[2]
+TINY = "tests/golden/tiny.yaml"
+CURVE = ROOT / "tests" / "golden" / "tiny.json"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def options(tmp_path):
+    return [f"logging.dir={tmp_path / 'runs'}", f"data.cache_dir={tmp_path / 'cache'}"]
+
+
+def run_dirs(tmp_path, name="tiny"):
+    return sorted((tmp_path / "runs" / name).iterdir())
+
+
+def metric(run, name):
+    with (run / "metrics.csv").open() as file:
+        return {
+            int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["metric"] == name
+        }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the tiny recipe and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, "train.py", TINY]
+    overrides = [f"logging.dir={folder / 'runs'}", f"data.cache_dir={folder / 'cache'}"]
+    done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, check=True)
+    return run_dirs(folder)[0], done
+
+
+def test_it_prints_what_a_user_needs_and_no_noise(finished):
+    run, done = finished
+    for wanted in (
+        "step 20/20 · loss",
+        "tokens/s",
+        "bits per byte",
+        "reached",
+        str(run),
+        "tensorboard --logdir",
+    ):
+        assert wanted in done.stdout
+    for noise in ("Warning", "GPU available", "💡", "litlogger"):
+        assert noise not in done.stdout + done.stderr
+
+
+def test_the_run_folder_holds_everything(finished):
+    run, _ = finished
+    for name in ("recipe.yaml", "environment.json", "result.json", "metrics.csv", "tokenizer_config.json"):
+        assert (run / name).is_file()
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    result = json.loads((run / "result.json").read_text())
+    assert result["steps"] == 20
+    assert result["valid/perplexity"] == pytest.approx(math.exp(result["valid/loss"]), rel=1e-5)
+    # Every byte is one token; the end of the document has loss and no byte.
+    data = make_data(load_recipe(run / "recipe.yaml"))
+    data.prepare()
+    labels = torch.cat([row["labels"] for row in data.val_datasets()["valid"]])
+    labelled = int((labels >= 0).sum())
+    expected = result["valid/loss"] * labelled / math.log(2) / (labelled - 1)
+    assert result["valid/bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert "torch" in json.loads((run / "environment.json").read_text())
+
+
+def test_it_learns(finished):
+    run, _ = finished
+    losses = metric(run, "train/loss")
+    assert losses[1] == pytest.approx(math.log(257), abs=0.1)
+    assert losses[20] < 3.5
+    assert metric(run, "valid/loss")[20] < metric(run, "valid/loss")[10]
+
+
+def test_tensorboard_holds_everything(finished):
+    run, _ = finished
+    events = EventAccumulator(str(run)).Reload()
+    scalars = set(events.Tags()["scalars"])
+    expected = {
+        f"{split}/{rate}" for split in ("train", "valid") for rate in ("loss", "perplexity", "bits_per_byte")
+    }
+    expected |= {"train/learning_rate", "train/gradient_norm", "speed/tokens_per_second", "memory/peak_GiB"}
+    expected |= {
+        f"{name}/layer_{layer}_{kind}"
+        for name in ("gamma", "feedback_entropy")
+        for layer in range(2)
+        for kind in ("mean", "spread")
+    }
+    assert expected <= scalars
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
+    assert {"recipe/text_summary", "sample/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def test_the_committed_loss_curve_is_reproduced(finished, tmp_path, options):
+    run, _ = finished
+    committed = {int(step): loss for step, loss in json.loads(CURVE.read_text()).items()}
+    losses = metric(run, "train/loss")
+    assert losses == pytest.approx(committed, abs=1e-4)
+    subprocess.run([sys.executable, "train.py", TINY, *options], cwd=ROOT, check=True, capture_output=True)
+    assert metric(run_dirs(tmp_path)[0], "train/loss") == losses, "two processes differ"
+
+
+def test_the_saved_recipe_repeats_the_run(finished, tmp_path, options):
+    run, _ = finished
+    assert train.main([str(run / "recipe.yaml"), *options]) == 0
+    assert metric(run_dirs(tmp_path)[0], "train/loss") == metric(run, "train/loss")
+
+
+def test_text_is_generated_from_the_run_folder(finished, capsys):
+    run, _ = finished
+    arguments = [str(run), "--prompt", "License", "--prompt", "a", "--max-new-tokens", "12", "--seed", "3"]
+    texts = []
+    for _ in range(2):
+        assert generate.main(arguments) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert "--- prompt 1 of 2\nLicense" in texts[0]
+    assert "--- prompt 2 of 2\na" in texts[0]
+    assert generate.main([str(run), "--checkpoint", "best", "--max-new-tokens", "3"]) == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no folder"])
+def test_generating_from_a_broken_run_says_what_is_wrong(finished, tmp_path, capsys, damage):
+    run = tmp_path / "run"
+    if damage != "no folder":
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "recipe.yaml").write_text((finished[0] / "recipe.yaml").read_text())
+    if damage == "truncated":
+        whole = (finished[0] / "checkpoints" / "last.ckpt").read_bytes()
+        (run / "checkpoints" / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert generate.main([str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "last.ckpt" in error or "no such folder" in error
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["trainer.accumulate=2", "model.dropout=0.2", "trainer.num_workers=1"]]
+)
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(tmp_path, options, monkeypatch, extra):
+    assert train.main([TINY, *options, *extra]) == 0
+    step = LanguageModel.training_step
+
+    def stop_at_13(self, batch, batch_idx):
+        if self.trainer.global_step == 12:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LanguageModel, "training_step", stop_at_13)
+        assert train.main([TINY, *options, *extra]) == 130
+    assert len(run_dirs(tmp_path)) == 2
+    assert train.main([TINY, *options, *extra, "resume=auto"]) == 0
+    whole, resumed = run_dirs(tmp_path)  # it went on in the same folder
+    for name in ("train/loss", "train/gradient_norm", "valid/loss", "train/learning_rate"):
+        assert metric(resumed, name) == metric(whole, name)
+    with (resumed / "metrics.csv").open() as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row["metric"] == "train/loss"]
+    assert steps == [str(i) for i in range(1, 21)], "steps that were repeated are logged once"
+
+
+def test_auto_starts_anew_where_the_recipe_differs_or_the_run_is_finished(tmp_path, options, capsys):
+    short = [*options, "trainer.steps=2"]
+    assert train.main([TINY, *short]) == 0
+    assert train.main([TINY, *short, "resume=auto"]) == 0
+    assert "no unfinished run" in capsys.readouterr().out
+    assert len(run_dirs(tmp_path)) == 2
+
+
+def test_resuming_with_another_model_names_the_keys(tmp_path, options, capsys):
+    assert train.main([TINY, *options, "trainer.steps=2"]) == 0
+    run = run_dirs(tmp_path)[0]
+    assert train.main([TINY, *options, f"resume={run}", "model.d_model=48"]) == 2
+    assert "model.d_model was 32 and is now 48" in capsys.readouterr().err
+
+
+def test_a_finished_run_goes_on_to_more_steps(tmp_path, options, capsys):
+    assert train.main([TINY, *options, "trainer.steps=4"]) == 0
+    run = run_dirs(tmp_path)[0]
+    assert train.main([TINY, *options, f"resume={run}", "trainer.steps=6"]) == 0
+    assert "trainer.steps: was 4, now 6" in capsys.readouterr().out
+    assert sorted(metric(run, "train/loss")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
+    tmp_path, options, monkeypatch, capsys
+):
+    step = LanguageModel.training_step
+
+    def poisoned(self, batch, batch_idx):
+        loss = step(self, batch, batch_idx)
+        return loss * float("nan") if self.trainer.global_step == 7 else loss
+
+    monkeypatch.setattr(LanguageModel, "training_step", poisoned)
+    assert train.main([TINY, *options]) == 1
+    error = capsys.readouterr().err
+    assert "step 8" in error
+    assert "lower optim.lr" in error
+    run = run_dirs(tmp_path)[0]
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 5
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+    assert not (run / "result.json").exists()
+
+
+def test_accumulated_micro_batches_give_the_step_of_one_batch(tmp_path, options):
+    # Rows with documents packed into them have different numbers of labels.
+    documents = tmp_path / "documents.jsonl"
+    text = (ROOT / "tests" / "golden" / "text.txt").read_text().split()
+    pieces = [" ".join(text[i : i + 1 + i % 23]) for i in range(0, len(text), 12)]
+    documents.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    extra = [f"data.files=[{documents}]", "data.column=text", "data.pack=true", "optim.grad_clip=0.5"]
+    for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        sizes = [f"trainer.batch_size={batch_size}", f"trainer.accumulate={accumulate}"]
+        assert train.main([TINY, *options, *extra, *sizes]) == 0
+    whole, *others = (metric(run, "train/loss") for run in run_dirs(tmp_path))
+    for losses in others:
+        assert losses == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_low_precision_learns_and_keeps_gains_in_float32(tmp_path, options, precision):
+    assert train.main([TINY, *options, f"trainer.precision={precision}"]) == 0
+    run = run_dirs(tmp_path)[0]
+    exact = json.loads(CURVE.read_text())["20"]
+    assert metric(run, "train/loss")[20] == pytest.approx(exact, abs=0.15)
+    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    low = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert weights["decoder.blocks.0.mixer.proj_fb.weight"].dtype == low
+    assert weights["decoder.blocks.0.mixer.gamma_bias"].dtype == torch.float32
+    assert generate.main([str(run), "--max-new-tokens", "4"]) == 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_curve(tmp_path, options):
+    assert train.main([TINY, *options, "trainer.compile=true"]) == 0
+    committed = {int(step): loss for step, loss in json.loads(CURVE.read_text()).items()}
+    assert metric(run_dirs(tmp_path)[0], "train/loss") == pytest.approx(committed, abs=1e-3)
+
+
+@pytest.mark.parametrize("block", ["gated", "transformer"])
+@pytest.mark.parametrize(
+    "mixer", ["identity", "attention", "sessa", "[attention, {name: sessa, n_feedback_heads: 2}]"]
+)
+def test_any_mixer_trains_in_any_block(tmp_path, options, mixer, block):
+    changed = [f"model.mixer={mixer}", f"model.block={block}", "model.norm=rmsnorm", "trainer.steps=8"]
+    assert train.main([TINY, *options, *changed]) == 0
+    losses = metric(run_dirs(tmp_path)[0], "train/loss")
+    assert losses[8] < losses[1] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("horizon", "steps"), [("steps=7", 7), ("epochs=1.5", 15), ("epochs=0.01", 1), ("tokens=1e4", 20)]
+)
+def test_the_horizon_in_steps(horizon, steps):
+    recipe = load_recipe(TINY, [f"trainer.{horizon}", "trainer.accumulate=2"])  # 8 rows of 64 tokens per step
+    assert count_steps(recipe, n_rows=80, seq_len=64) == steps
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_on_the_meta_device(path):
+    recipe = load_recipe(path)
+    with torch.device("meta"):
+        decoder = build_decoder(recipe, make_data(recipe).vocab_size)
+    assert all(parameter.is_meta for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_dry_runs_at_reduced_size(path, capsys, tmp_path):
+    reduced = ["model.d_model=64", "model.n_layers=2", "data.seq_len=32", "data.vocab_size=300"]
+    reduced += ["trainer.batch_size=2", "strategy.accelerator=cpu", "trainer.compile=false"]
+    assert train.main([str(path), "--dry-run", *reduced, f"logging.dir={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    for wanted in ("embedding", "mixer", "MLP", "head", "FLOPs per token", "memory", "outputs would go to"):
+        assert wanted in printed
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
