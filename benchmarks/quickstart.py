@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import Dataset
 
+from data import Rows
 from lm.config import Recipe, load_recipe
 from lm.training import make_data, train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
-def token_pairs(dataset: Dataset, n_rows: int, vocab_size: int) -> np.ndarray:
+def token_pairs(dataset: Rows, n_rows: int, vocab_size: int) -> np.ndarray:
     """Counts (V, V) of (token, next token) over the labelled positions of the first rows."""
     counts = np.zeros(vocab_size * vocab_size, dtype=np.int64)
     for i in range(n_rows):

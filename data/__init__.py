@@ -1,7 +1,7 @@
 """Data modules: what a decoder is trained and validated on, looked up by name."""
 
 from data import text  # noqa: F401  (importing registers it)
-from data.module import DataError, DataModule
+from data.module import DataError, DataModule, Rows
 from data.registry import DATA_MODULES, build_data, data_config, data_names, register_data
 from data.tokenizers import TextTokenizer, load_tokenizer
 
@@ -9,6 +9,7 @@ __all__ = [
     "DATA_MODULES",
     "DataError",
     "DataModule",
+    "Rows",
     "TextTokenizer",
     "build_data",
     "data_config",

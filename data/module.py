@@ -23,6 +23,18 @@ class DataError(Exception):
     """Data that cannot be used. The message is for the user: the key, its value and what would be right."""
 
 
+class Rows(Dataset[dict[str, Tensor]]):
+    """A map-style dataset whose samples are rows of tokens."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Row `index`: input_ids, labels and perhaps segment_ids, (T,) each."""
+
+
 class DataModule(ABC):
     """Datasets for training and validation, and what a decoder must know about them.
 
@@ -67,11 +79,11 @@ class DataModule(ABC):
         """Opens, in any process, what `prepare` wrote."""
 
     @abstractmethod
-    def train_dataset(self) -> Dataset[dict[str, Tensor]]:
+    def train_dataset(self) -> Rows:
         """The map-style dataset to train on."""
 
     @abstractmethod
-    def val_datasets(self) -> dict[str, Dataset[dict[str, Tensor]]]:
+    def val_datasets(self) -> dict[str, Rows]:
         """Map-style datasets to validate on, by name; the main one is "valid"."""
 
     def save_tokenizer(self, folder: Path) -> None:

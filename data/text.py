@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from data.cache import damage, ensure_folder
-from data.module import IGNORE, DataError, DataModule
+from data.module import IGNORE, DataError, DataModule, Rows
 from data.registry import register_data
 from data.sources import TABLE_SUFFIXES, TEXT_SUFFIXES, Document, FilesSource, HubSource, Source, StdlibSource
 from data.tokenizers import ByteTokenizer, TextTokenizer, load_tokenizer, read_tokenizer, train_bpe
@@ -231,7 +230,7 @@ class TextData(DataModule):
     def train_dataset(self) -> TokenRows:
         return self._rows("train")
 
-    def val_datasets(self) -> dict[str, Dataset[dict[str, Tensor]]]:
+    def val_datasets(self) -> dict[str, Rows]:
         return {"valid": self._rows("valid")}
 
     def _rows(self, split: str) -> TokenRows:
@@ -394,7 +393,7 @@ class TextData(DataModule):
             yield ("valid" if u < fraction else "train"), document
 
 
-class TokenRows(Dataset[dict[str, Tensor]]):
+class TokenRows(Rows):
     """Row i holds the inputs tokens[i T : (i + 1) T] and, one position later, their labels.
 
     The token after a document's last is another document's first, and not to be predicted: positions of

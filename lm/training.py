@@ -96,7 +96,7 @@ def train(recipe: Recipe, console: Console) -> Result:
     data.save_tokenizer(run)
 
     loaders = Loaders(data, recipe.trainer.batch_size, recipe.trainer.num_workers, recipe.seed)
-    steps = count_steps(recipe, len(data.train_dataset()), data.seq_len)  # type: ignore[arg-type]
+    steps = count_steps(recipe, len(data.train_dataset()), data.seq_len)
     decoder = make_decoder(recipe, data.vocab_size)
     module = LanguageModel(recipe, decoder, steps, data.token_bytes, tuple(data.val_datasets()))
     checkpoint = run / "checkpoints" / LAST if resumed else None

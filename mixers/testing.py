@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def check_extend_equals_forward(factory: Factory) -> None:
             places = sorted({0, T, *cuts.sample(range(1, T), k=(0, 1, 2, 5, 9, T - 1)[trial])})
             state = mixer.init_state(B, T, dtype=torch.float64)
             pieces = []
-            for start, stop in zip(places, places[1:], strict=False):
+            for start, stop in pairwise(places):
                 y, state = mixer.extend(x[:, start:stop], state)
                 pieces.append(y)
             torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-10, atol=1e-10)

@@ -96,7 +96,7 @@ BAD = {
 @pytest.mark.parametrize(("overrides", "where", "hint"), BAD.values(), ids=BAD)
 def test_a_wrong_override_gets_one_clear_line(folder, capsys, overrides, where, hint):
     assert train.main(["good.yaml", *overrides]) == 2
-    out, err = capsys.readouterr()
+    _, err = capsys.readouterr()
     assert err.startswith("error: ")
     assert err.count("\n") == 1, "one line"
     assert where in err
@@ -224,7 +224,7 @@ def test_plugins_register_before_the_recipe_is_checked(folder, monkeypatch):
 def test_a_broken_plugin_is_named(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     (folder / "broken_plugin.py").write_text("raise RuntimeError('out of order')")
-    with pytest.raises(ConfigError, match="broken_plugin.*RuntimeError: out of order"):
+    with pytest.raises(ConfigError, match=r"broken_plugin.*RuntimeError: out of order"):
         load_recipe("good.yaml", ["plugins=[broken_plugin]"])
 
 

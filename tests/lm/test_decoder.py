@@ -100,8 +100,13 @@ def test_the_loss_never_holds_all_logits(dtype):
         nll.sum().backward()
     assert nll.dtype == torch.float32
     assert largest.elements <= positions * vocab / 8
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+    saved: list[int] = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         token_losses(x, weight, torch.zeros(2, positions // 2, dtype=torch.int64))
     assert max(saved, default=0) <= weight.numel()
 

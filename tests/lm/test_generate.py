@@ -55,7 +55,7 @@ def test_samples_follow_the_tempered_distribution():
     assert share == pytest.approx(0.36 / (0.36 + 0.16), abs=0.01)
 
 
-def test_characters_are_whole_and_the_end_of_a_document_ends_the_text(monkeypatch):
+def test_characters_are_whole_and_the_end_of_a_document_ends_the_text(decoder, monkeypatch):
     tokenizer = ByteTokenizer()
     first, second = "é§".encode(), b"ab"
 
@@ -64,7 +64,7 @@ def test_characters_are_whole_and_the_end_of_a_document_ends_the_text(monkeypatc
             yield torch.tensor([a, b])
 
     monkeypatch.setattr("lm.generate.generate", tokens)
-    pieces = list(stream_texts(None, tokenizer, ["", ""], max_new_tokens=5))
+    pieces = list(stream_texts(decoder, tokenizer, ["", ""], max_new_tokens=5))
     assert [text for i, text in pieces if i == 0] == ["é", "§", "x"]
     assert [text for i, text in pieces if i == 1] == ["a", "b"]
 

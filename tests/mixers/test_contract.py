@@ -3,9 +3,10 @@
 import pytest
 
 from mixers import build_mixer, mixer_names
+from mixers.identity import Identity, IdentityConfig
 from mixers.testing import CHECKS, check_flops, check_mixer
 
-VARIANTS = {
+VARIANTS: dict[str, dict] = {
     **{name: {"name": name} for name in mixer_names()},
     "attention, grouped, normed": {"name": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
     "attention, window": {"name": "attention", "n_heads": 2, "window": 4, "bias": True},
@@ -31,12 +32,12 @@ def test_contract(options, check):
 
 
 def test_a_failing_check_is_named():
-    class Leaky(type(build_mixer("identity", 8))):
+    class Leaky(Identity):
         def forward(self, x, segment_ids=None):
             return x + x.mean(dim=1, keepdim=True)
 
     def factory(d_model):
-        return Leaky(None, d_model)
+        return Leaky(IdentityConfig(), d_model)
 
     with pytest.raises(AssertionError, match="check_causality"):
         check_mixer(factory)
