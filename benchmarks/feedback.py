@@ -3,7 +3,8 @@
     python benchmarks/feedback.py [--help]
 
 Time: float32, one head; the two backends take turns in one process, and the medians over the turns are
-printed, so that what else the machine does falls on both.
+printed. Measure on an idle machine: a busy core stalls both threads of every small product, which costs the
+chunked backend more than the reference.
 
 Memory: each backend runs once, forward and backward, in a forked child of its own. Its peak extra memory
 is how far the run raises the peak resident size of a child that already holds the inputs and has warmed
@@ -98,8 +99,11 @@ def main() -> None:
     )
     parser.add_argument("--memory-length", type=int, default=8192, help="T for memory (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help="time per length (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     args = parser.parse_args()
 
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     memory = {}
     for backend in BACKENDS:
         progress(f"memory of {backend} at T = {args.memory_length}")
