@@ -47,10 +47,11 @@ def entropy_chunked(
     B, H, T, _ = q.shape
     R = min(128, T)
     qn, kn = (x.flatten(0, 1).to(accumulate) for x in (q, k))  # (N, T, K)
+    qn = qn * scale
     entropy = qn.new_empty(B * H, T)
     buffer = qn.new_empty(B * H * R * T)
     for lo, hi, first in _panels(ids, T, 0, R):
-        logits = _panel_logits(buffer, qn, kn, ids, scale, _not_past(R, q.device), lo, hi, first)  # (N, R, C)
+        logits = _panel_logits(buffer, qn, kn, ids, _not_past(R, q.device), lo, hi, first)  # (N, R, C)
         lse = logits.logsumexp(-1, keepdim=True)  # (N, R, 1)
         alpha = logits.sub_(lse.masked_fill_(lse == float("-inf"), 0.0)).exp_()
         torch.sum(torch.special.entr(alpha), -1, out=entropy[:, lo:hi])
@@ -122,6 +123,7 @@ def _forward(
     S = k.shape[2]
     L = S - T
     qn, kn, fn = (x.flatten(0, 1).to(accumulate) for x in (q, k, f))  # (N, T, K), (N, S, K), (N, T, P)
+    qn = qn * scale
     gain = gamma.flatten(0, 1).to(accumulate)[..., None]  # (N, T, 1)
     s = fn.new_empty(B * H, S, P)
     s[:, :L] = s_past.flatten(0, 1)
@@ -131,7 +133,7 @@ def _forward(
     not_past = _not_past(min(chunk_size, T), q.device)
     with torch.autocast(q.device.type, enabled=False):
         for lo, hi, first in _panels(ids, T, L, chunk_size):
-            logits = _panel_logits(buffer, qn, kn, ids, scale, not_past, lo, hi, first)  # (N, R, C)
+            logits = _panel_logits(buffer, qn, kn, ids, not_past, lo, hi, first)  # (N, R, C)
             top = logits.amax(-1, keepdim=True)  # (N, R, 1)
             top.masked_fill_(top == float("-inf"), 0.0)  # rows that see nothing
             weights = logits.sub_(top).exp_()
@@ -167,6 +169,7 @@ def _backward(
     L = S - T
     accumulate = lse.dtype
     qn, kn = (x.flatten(0, 1).to(accumulate) for x in (q, k))  # (N, T, K), (N, S, K)
+    qn = qn * scale
     sn = (torch.cat([s_past, s], dim=2) if L else s).flatten(0, 1).to(accumulate)  # (N, S, P)
     gain = gamma.flatten(0, 1).to(accumulate)[..., None]  # (N, T, 1)
     row_lse = lse.flatten(0, 1)[..., None]  # (N, T, 1)
@@ -183,7 +186,7 @@ def _backward(
     not_past = _not_past(min(chunk_size, T), q.device)
     with torch.autocast(q.device.type, enabled=False):
         for lo, hi, first in reversed(_panels(ids, T, L, chunk_size)):
-            alpha = _panel_logits(alpha_buffer, qn, kn, ids, scale, not_past, lo, hi, first)  # (N, R, C)
+            alpha = _panel_logits(alpha_buffer, qn, kn, ids, not_past, lo, hi, first)  # (N, R, C)
             alpha.sub_(row_lse[:, lo:hi]).exp_()
             panel_gain = gain[:, lo:hi]  # (N, R, 1)
 
@@ -201,9 +204,8 @@ def _backward(
             dgamma[:, lo:hi] = panel_dgamma
             dlogits.addcmul_(alpha, panel_dgamma, value=-1)
             # What is left of dlogit, its row factor gamma, goes to the narrow operand.
-            factor = scale * panel_gain
-            torch.mul(torch.bmm(dlogits, kn[:, first : L + hi]), factor, out=dq[:, lo:hi])
-            dk[:, first : L + hi].baddbmm_(dlogits.mT, factor * qn[:, lo:hi])
+            torch.mul(torch.bmm(dlogits, kn[:, first : L + hi]), scale * panel_gain, out=dq[:, lo:hi])
+            dk[:, first : L + hi].baddbmm_(dlogits.mT, panel_gain * qn[:, lo:hi])
 
     return (
         dq.view(q.shape).to(q.dtype),
@@ -232,17 +234,16 @@ def _panel_logits(
     q: Tensor,
     k: Tensor,
     ids: Tensor | None,
-    scale: float,
     not_past: Tensor,
     lo: int,
     hi: int,
     first: int,
 ) -> Tensor:
-    """Scaled logits (N, R, C) of rows lo to hi, -inf where hidden, in the memory of `buffer`."""
+    """Logits (N, R, C) of rows lo to hi, -inf where hidden, in the memory of `buffer`; q is scaled."""
     N, R, L = q.shape[0], hi - lo, k.shape[1] - q.shape[1]
     C = L + hi - first
     logits = buffer[: N * R * C].view(N, R, C)
-    torch.baddbmm(logits, q[:, lo:hi], k[:, first : L + hi].mT, beta=0, alpha=scale, out=logits)
+    torch.bmm(q[:, lo:hi], k[:, first : L + hi].mT, out=logits)
     logits[..., C - R :].masked_fill_(not_past[:R, :R], float("-inf"))
     if ids is not None:
         apart = ids[:, None, L + lo : L + hi, None] != ids[:, None, None, first : L + hi]  # (B, 1, R, C)
