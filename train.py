@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for what, text in {
         "run folder ": run,
         "watch      ": f"tensorboard --logdir {run.parent}",
-        "generate   ": f'python -m lm.generate {run} --prompt "def "',
+        "generate   ": f"python -m lm.generate {run} --prompt {json.dumps(recipe.logging.sample_prompt)}",
     }.items():
         console.print(f"[bold]{what}[/bold]", text, highlight=False, soft_wrap=True)
     return 0

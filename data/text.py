@@ -103,6 +103,10 @@ class TextConfig:
             "min": 1,
         },
     )
+    bpe_documents: int | None = field(
+        default=100_000,
+        metadata={"help": "train the BPE on so many documents, the first ones; null: on all", "min": 1},
+    )
     tokenizer_file: str | None = field(
         default=None, metadata={"help": "a tokenizer.json of the tokenizers library"}
     )
@@ -296,6 +300,7 @@ class TextData(DataModule):
             settings["valid_fraction"] = config.valid_fraction
         if config.tokenizer == "bpe":
             settings["vocab_size"] = config.vocab_size
+            settings["bpe_documents"] = config.bpe_documents
         if config.tokenizer == "file":
             assert config.tokenizer_file is not None
             settings["tokenizer_file"] = _hash(Path(config.tokenizer_file).expanduser().read_bytes())
@@ -330,9 +335,13 @@ class TextData(DataModule):
         if self.config.tokenizer == "file":
             return self._tokenizer_from_file()
         task = progress.add_task("training the tokenizer", counts="")
-        documents = self._documents(progress, task)
-        texts = (piece for split, document in documents if split == "train" for piece in _cut(document.text))
-        return train_bpe(texts, self.config.vocab_size)
+        training = (document for split, document in self._documents(progress, task) if split == "train")
+        some = islice(training, self.config.bpe_documents)
+        tokenizer = train_bpe(
+            (piece for document in some for piece in _cut(document.text)), self.config.vocab_size
+        )
+        progress.update(task, completed=progress.tasks[task].total)
+        return tokenizer
 
     def _tokenise(self, tokenizer: TextTokenizer, writers: dict[str, _Writer], progress: Progress) -> None:
         task = progress.add_task("tokenising", counts="")

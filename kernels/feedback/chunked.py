@@ -35,7 +35,7 @@ def feedback_chunked(
     if s_past is None:
         s_past = f[:, :, :0]  # (B, H, 0, P)
     if chunk_size is None:  # small panels waste less above the diagonal, large ones make better products
-        chunk_size = 128 if f.shape[2] <= 2048 else 256
+        chunk_size = 128 if f.shape[2] <= 512 else 256
     s, lse = _Feedback.apply(q, k, f, gamma, s_past, ids, scale, chunk_size, accumulate)
     return s, lse
 

@@ -506,3 +506,27 @@ def test_no_document_to_validate_on_is_an_error(corpus, tmp_path):
 def test_less_text_than_one_row_is_an_error(corpus, tmp_path):
     settings = config(tmp_path, files=[f"{corpus}/*"], seq_len=10**6)
     assert "data.seq_len = 1000000: the training documents have" in data_error(settings)
+
+
+def test_the_bpe_is_trained_on_the_first_documents_alone(tmp_path):
+    (tmp_path / "documents.jsonl").write_text(
+        "".join(json.dumps({"text": f"{word} {i}"}) + "\n" for word in ("aaaa", "zqzq") for i in range(40))
+    )
+    pieces = {}
+    for limit in (20, None):
+        config = TextConfig(
+            source="files",
+            files=[str(tmp_path / "documents.jsonl")],
+            column="text",
+            vocab_size=264,
+            bpe_documents=limit,
+            seq_len=4,
+            valid_fraction=0.2,
+            cache_dir=str(tmp_path / "cache"),
+        )
+        data = build_data(config, seed=0)
+        data.prepare()
+        assert data.tokenizer is not None
+        pieces[limit] = set(data.tokenizer.pieces)
+    assert b"zq" not in pieces[20]
+    assert b"zq" in pieces[None]
