@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.logging import RichHandler
 
 EXAMPLES = """
 examples:
@@ -44,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lm.config import ConfigError, load_recipe, to_yaml
 
     console = Console()
+    logging.basicConfig(
+        format="%(message)s", handlers=[RichHandler(console=console, show_time=False, show_path=False)]
+    )
+    logging.getLogger("mixerlab").setLevel(logging.INFO)
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.print_config:

@@ -134,9 +134,12 @@ class SampleText(Callback):
         self.latest = self.prompt + "".join(text for _, text in pieces)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # Indented text is a code block in the page's Markdown: no line break is lost.
-                block = "\n".join("    " + line for line in self.latest.splitlines())
-                logger.experiment.add_text("sample", block, trainer.global_step)
+                logger.experiment.add_text("sample", as_markdown_block(self.latest), trainer.global_step)
+
+
+def as_markdown_block(text: str) -> str:
+    """Text as TensorBoard's Markdown shows it unchanged: an indented block."""
+    return "\n".join("    " + line for line in text.splitlines())
 
 
 class StepCheckpoint(ModelCheckpoint):

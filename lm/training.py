@@ -22,7 +22,15 @@ from rich.console import Console
 
 from data import DataModule, build_data, data_config, load_tokenizer
 from lm.batches import Loaders
-from lm.callbacks import CSVMetrics, Metrics, SampleText, StepCheckpoint, StepProgress, StopAtTheEnd
+from lm.callbacks import (
+    CSVMetrics,
+    Metrics,
+    SampleText,
+    StepCheckpoint,
+    StepProgress,
+    StopAtTheEnd,
+    as_markdown_block,
+)
 from lm.config import ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
 from lm.decoder import Decoder
 from lm.module import LanguageModel
@@ -65,7 +73,7 @@ def count_steps(recipe: Recipe, n_rows: int, seq_len: int) -> int:
 
 
 def accelerator(recipe: Recipe) -> str:
-    """ "gpu" or "cpu". Raises ConfigError for a GPU that is not there."""
+    """What to train on, "gpu" or "cpu". Raises ConfigError for a GPU that is not there."""
     wanted = recipe.strategy.accelerator
     if wanted == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
@@ -86,44 +94,26 @@ def train(recipe: Recipe, console: Console) -> Result:
         _say_what_differs(resumed, recipe, console)
     elif recipe.resume == "auto":
         console.print(f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one")
+    checkpoint = resumed / "checkpoints" / LAST if resumed else None
+    first_step = _step_of(checkpoint) if checkpoint else 0
     data = make_data(recipe)
     data.prepare()
     data.setup()
-    run = create_run(recipe) if resumed is None else resumed
-    if resumed is not None:
+    steps = count_steps(recipe, len(data.train_dataset()), data.seq_len)
+    if resumed is None:
+        run = create_run(recipe)
+    else:
+        run = resumed
+        _check_continuation(run, data, first_step, steps)
+        (run / "result.json").unlink(missing_ok=True)
         (run / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-        _refuse_other_tokens(run, data)
     data.save_tokenizer(run)
 
-    loaders = Loaders(data, recipe.trainer.batch_size, recipe.trainer.num_workers, recipe.seed)
-    steps = count_steps(recipe, len(data.train_dataset()), data.seq_len)
     decoder = make_decoder(recipe, data.vocab_size)
     module = LanguageModel(recipe, decoder, steps, data.token_bytes, tuple(data.val_datasets()))
-    checkpoint = run / "checkpoints" / LAST if resumed else None
-    first_step = _step_of(checkpoint) if checkpoint else 0
-
-    metrics = Metrics(recipe.logging.every, 3 * decoder.flops(data.seq_len) / data.seq_len)
-    callbacks: list[Callback] = [metrics, StopAtTheEnd()]
-    sampler = None
-    if data.tokenizer is not None and recipe.logging.sample_tokens:
-        sampler = SampleText(data.tokenizer, recipe.logging.sample_prompt, recipe.logging.sample_tokens)
-        callbacks.append(sampler)
-    folder, every = run / "checkpoints", recipe.trainer.checkpoint_every
-    callbacks += [
-        StepCheckpoint(folder, Path(BEST).stem, monitor="valid/loss", enable_version_counter=False),
-        StepCheckpoint(folder, Path(LAST).stem, every_n_train_steps=every, enable_version_counter=False),
-    ]
-    callbacks.append(StepProgress(metrics, console))
+    watchers = _watchers(recipe, run, data, decoder, console)
     tensorboard = TensorBoardLogger(
         run, name="", version="", default_hp_metric=False, purge_step=first_step or None
-    )
-    millions = sum(p.numel() for p in decoder.parameters()) / 1e6
-    rows = recipe.trainer.batch_size * recipe.trainer.accumulate
-    console.print(
-        f"{recipe.name}: {millions:.2f}M parameters, {steps:,} steps of {rows} x {data.seq_len} tokens on {kind}; "
-        f"run folder {run}",
-        highlight=False,
-        soft_wrap=True,
     )
     trainer = L.Trainer(
         accelerator=kind,
@@ -138,11 +128,19 @@ def train(recipe: Recipe, console: Console) -> Result:
         use_distributed_sampler=False,
         enable_model_summary=False,
         logger=[tensorboard, CSVMetrics(run, first_step)],
-        callbacks=callbacks,
+        callbacks=watchers,
         **_precision(recipe, kind),
     )
-    text = "\n".join("    " + line for line in to_yaml(recipe).splitlines())
-    tensorboard.experiment.add_text("recipe", text, first_step)
+    millions = sum(p.numel() for p in decoder.parameters()) / 1e6
+    rows = recipe.trainer.batch_size * recipe.trainer.accumulate
+    console.print(
+        f"{recipe.name}: {millions:.2f}M parameters, {steps:,} steps of {rows} x {data.seq_len} tokens on {kind}; "
+        f"run folder {run}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    tensorboard.experiment.add_text("recipe", as_markdown_block(to_yaml(recipe)), first_step)
+    loaders = Loaders(data, recipe.trainer.batch_size, recipe.trainer.num_workers, recipe.seed)
     try:
         trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -152,10 +150,35 @@ def train(recipe: Recipe, console: Console) -> Result:
     tensorboard.log_hyperparams(_flat(to_dict(recipe)), final)
     tensorboard.finalize("success")
     (run / "result.json").write_text(json.dumps({"steps": trainer.global_step, **final}, indent=2) + "\n")
-    return Result(run, trainer.global_step, final, sampler.latest if sampler else "")
+    sample = next((watcher.latest for watcher in watchers if isinstance(watcher, SampleText)), "")
+    return Result(run, trainer.global_step, final, sample)
 
 
-def _refuse_other_tokens(run: Path, data: DataModule) -> None:
+def _watchers(
+    recipe: Recipe, run: Path, data: DataModule, decoder: Decoder, console: Console
+) -> list[Callback]:
+    metrics = Metrics(recipe.logging.every, 3 * decoder.flops(data.seq_len) / data.seq_len)
+    watchers: list[Callback] = [metrics, StopAtTheEnd()]
+    if data.tokenizer is not None and recipe.logging.sample_tokens:
+        watchers.append(
+            SampleText(data.tokenizer, recipe.logging.sample_prompt, recipe.logging.sample_tokens)
+        )
+    folder, every = run / "checkpoints", recipe.trainer.checkpoint_every
+    return [
+        *watchers,
+        StepCheckpoint(folder, Path(BEST).stem, monitor="valid/loss", enable_version_counter=False),
+        StepCheckpoint(folder, Path(LAST).stem, every_n_train_steps=every, enable_version_counter=False),
+        StepProgress(metrics, console),
+    ]
+
+
+def _check_continuation(run: Path, data: DataModule, first_step: int, steps: int) -> None:
+    """Raises ConfigError where going on with `run` would do nothing, or something else than before."""
+    if first_step >= steps:
+        raise ConfigError(
+            f"resume = {str(run)!r}: that run has done {first_step} steps, and this recipe ends after {steps}; "
+            f"expected a horizon of more, such as trainer.steps={2 * first_step}"
+        )
     before = load_tokenizer(run)
     if before is not None and data.tokenizer is not None and before.pieces != data.tokenizer.pieces:
         raise ConfigError(

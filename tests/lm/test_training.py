@@ -197,6 +197,25 @@ def test_resuming_with_another_model_names_the_keys(tmp_path, options, capsys):
     assert "model.d_model was 32 and is now 48" in capsys.readouterr().err
 
 
+def test_resuming_a_run_that_is_at_its_end_says_so(tmp_path, options, capsys):
+    assert train.main([TINY, *options, "trainer.steps=2"]) == 0
+    run = run_dirs(tmp_path)[0]
+    assert train.main([TINY, *options, f"resume={run}", "trainer.steps=2"]) == 2
+    assert "that run has done 2 steps, and this recipe ends after 2" in capsys.readouterr().err
+    assert (run / "result.json").exists()
+
+
+def test_resuming_with_other_documents_is_refused(tmp_path, options, capsys):
+    text = tmp_path / "text.txt"
+    bpe = [f"data.files=[{text}]", "data.tokenizer=bpe", "data.vocab_size=280"]
+    text.write_text("to be or not to be, that is the question\n" * 200)
+    assert train.main([TINY, *options, *bpe, "trainer.steps=2"]) == 0
+    run = run_dirs(tmp_path)[0]
+    text.write_text("whether it is nobler in the mind to suffer\n" * 200)
+    assert train.main([TINY, *options, *bpe, f"resume={run}", "trainer.steps=4"]) == 2
+    assert "the documents must have changed since" in capsys.readouterr().err
+
+
 def test_a_finished_run_goes_on_to_more_steps(tmp_path, options, capsys):
     assert train.main([TINY, *options, "trainer.steps=4"]) == 0
     run = run_dirs(tmp_path)[0]
