@@ -10,7 +10,6 @@ which favours it.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -78,8 +77,6 @@ def main() -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    floor = math.log2(257)
-    console.print(f"(uniform over bytes: {floor:.2f})")
 
 
 if __name__ == "__main__":
