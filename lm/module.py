@@ -103,8 +103,9 @@ class LanguageModel(L.LightningModule):
         metrics.update(nll, correct, batch["labels"])
         for layer, values in enumerate(watched or []):
             for name, value in values.items():
-                self._report(f"{name}/layer_{layer}_mean", value.mean())
-                self._report(f"{name}/layer_{layer}_spread", value.std())
+                # TensorBoard sorts by name: "watch" comes after the losses.
+                self._report(f"watch/{name}/layer_{layer}_mean", value.mean())
+                self._report(f"watch/{name}/layer_{layer}_spread", value.std())
 
     def on_validation_epoch_end(self) -> None:
         for name in self.valid_names:

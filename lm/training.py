@@ -146,8 +146,9 @@ def train(recipe: Recipe, console: Console) -> Result:
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
     trainer.save_checkpoint(run / "checkpoints" / LAST)
-    final = {name: float(value) for name, value in trainer.callback_metrics.items() if "/layer_" not in name}
-    tensorboard.log_hyperparams(_flat(to_dict(recipe)), final)
+    final = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("watch/")}
+    # At the last step: a value at an earlier one would make TensorBoard drop the curve that follows it.
+    tensorboard.log_hyperparams(_flat(to_dict(recipe)), final, step=trainer.global_step)
     tensorboard.finalize("success")
     (run / "result.json").write_text(json.dumps({"steps": trainer.global_step, **final}, indent=2) + "\n")
     sample = next((watcher.latest for watcher in watchers if isinstance(watcher, SampleText)), "")
@@ -211,12 +212,12 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    """Nested mappings -> {"model.d_model": 256, ...}, values that TensorBoard can show."""
+    """Nested mappings -> {"model.d_model": 256, ...}, what is set, as values that TensorBoard can show."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
-        else:
+        elif value not in (None, [], ""):
             flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return flat
 

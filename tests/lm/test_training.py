@@ -104,13 +104,14 @@ def test_tensorboard_holds_everything(finished):
     }
     expected |= {"train/learning_rate", "train/gradient_norm", "speed/tokens_per_second", "memory/peak_GiB"}
     expected |= {
-        f"{name}/layer_{layer}_{kind}"
+        f"watch/{name}/layer_{layer}_{kind}"
         for name in ("gamma", "feedback_entropy")
         for layer in range(2)
         for kind in ("mean", "spread")
     }
     assert expected <= scalars
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
+    assert sorted({event.step for event in events.Scalars("valid/loss")}) == [10, 20]
     assert {"recipe/text_summary", "sample/text_summary"} <= set(events.Tags()["tensors"])
 
 
