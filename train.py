@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 EXAMPLES = """
 examples:
@@ -40,15 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="build everything, run one batch of random tokens forward and backward, print sizes and costs; exit",
     )
-    args = parser.parse_intermixed_args(arguments)
+    args, rest = parser.parse_known_args(arguments)  # argparse leaves a key=value behind an option over
+    if unknown := [argument for argument in rest if argument.startswith("-")]:
+        parser.error(f"unknown option {unknown[0]}; see --help")
+    args.overrides += rest
     # Imported here, so that --help answers at once.
     from data import DataError
     from lm.config import ConfigError, load_recipe, to_yaml
 
     console = Console()
-    logging.basicConfig(
-        format="%(message)s", handlers=[RichHandler(console=console, show_time=False, show_path=False)]
-    )
+    logging.basicConfig(format="%(message)s")
     logging.getLogger("mixerlab").setLevel(logging.INFO)
     try:
         recipe = load_recipe(args.recipe, args.overrides)
@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result.sample:
         console.print("\n[bold]sample[/bold]")
         print(result.sample, end="\n\n")
-    reached = " · ".join(f"{k.removeprefix('valid/')} {v:.4f}" for k, v in result.metrics.items())
+    reached = " · ".join(
+        f"{name.replace('/', ' ').replace('_', ' ')} {v:.4f}" for name, v in result.metrics.items()
+    )
     run = result.run
     console.print(
         f"[bold]reached[/bold] after {result.steps} steps: {reached}", highlight=False, soft_wrap=True
@@ -92,4 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while the libraries load
+        sys.exit(130)

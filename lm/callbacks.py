@@ -19,7 +19,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -185,19 +184,17 @@ class StepProgress(ProgressBar):
         if not self.console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
             MofNCompleteColumn(),
+            BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TimeRemainingColumn(),
             console=self.console,
             speed_estimate_period=120,
         )
         self._progress.start()
         self._task = self._progress.add_task(
-            "train", total=trainer.max_steps, completed=trainer.global_step, text=""
+            "", total=trainer.max_steps, completed=trainer.global_step, text=""
         )
 
     def on_train_batch_end(
@@ -207,11 +204,12 @@ class StepProgress(ProgressBar):
         if step == self._printed:
             return
         self._printed = step
-        text = f"loss {float(pl_module.step_metrics['loss']):.3f}{self._valid} · {self._speed()}"
+        loss = f"loss {float(pl_module.step_metrics['loss']):.3f}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, text=text)
+            # Short enough to leave room for a bar in 80 columns.
+            self._progress.update(self._task, completed=step, text=f"{loss}{self._valid} · {self._speed()}")
         elif step % self.metrics.every == 0 or step in (1, trainer.max_steps):
-            self.console.print(f"step {step}/{trainer.max_steps} · {text}", highlight=False)
+            self.console.print(f"step {step}/{trainer.max_steps} · {loss} · {self._speed()}", highlight=False)
 
     def _speed(self) -> str:
         speed = self.metrics.tokens_per_second
@@ -219,7 +217,7 @@ class StepProgress(ProgressBar):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, description="validate")
+            self._progress.update(self._task, text="validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         measured = trainer.callback_metrics
@@ -228,13 +226,12 @@ class StepProgress(ProgressBar):
         )
         if name is None:
             return
-        self._valid = f" · {name.replace('_', ' ')} {float(measured[name]):.3f}"
-        if self._progress is not None:
-            self._progress.update(self._task, description="train")
-        else:
-            self.console.print(
-                f"step {trainer.global_step}/{trainer.max_steps}{self._valid}", highlight=False
-            )
+        value = f"{float(measured[name]):.3f}"
+        self._valid = f" · valid {value}{' bpb' if name.endswith('byte') else ''}"
+        if self._progress is None:
+            step = f"step {trainer.global_step}/{trainer.max_steps}"
+            what = name.replace("/", " ").replace("_", " ")
+            self.console.print(f"{step} · {what} {value}", highlight=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()

@@ -144,7 +144,7 @@ class StrategyConfig:
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = field(
         default="auto", metadata={"help": "kind of device"}
     )
-    devices: int = field(default=1, metadata={"help": "devices to train on", "min": 1, "max": 1})
+    devices: Literal[1] = field(default=1, metadata={"help": "devices to train on"})
 
 
 @dataclass
@@ -199,8 +199,10 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     defaults = {"model": {"mixer": ModelConfig.mixer}, "data": Recipe.data}
     raw = _merge(defaults, _read_with_bases(path, ()))
-    for override in overrides:
-        raw = _merge(raw, _parse_override(override))
+    layers = [_parse_override(override) for override in overrides]
+    _refuse_two_horizons(layers)
+    for layer in layers:
+        raw = _merge(raw, layer)
     try:
         raw = _container(OmegaConf.create(raw), resolve=True)  # interpolations
     except OmegaConfBaseException as error:
@@ -209,6 +211,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     recipe = check_recipe(raw)
     if recipe.name is None:
         recipe.name = path.stem
+    if Path(recipe.name).name != recipe.name:
+        raise ConfigError(f"name = {recipe.name!r}: expected the name of a folder, without slashes")
     return recipe
 
 
@@ -255,11 +259,15 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"recipe {path}:{where} not valid YAML: {what}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path}: expected a mapping of sections, found {type(raw).__name__}")
+    if not raw:
+        raise ConfigError(f"recipe {path}: it is empty; expected sections such as model, data, trainer")
     base = raw.pop("base", None)
     if base is None:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"base = {base!r} in {path}: expected the path of a recipe, relative to this one")
+    if not (path.parent / base).is_file():
+        raise ConfigError(f"base = {base!r} in {path}: no such file as {path.parent / base}")
     return _merge(_read_with_bases(path.parent / base, (*seen, path.resolve())), raw)
 
 
@@ -271,11 +279,13 @@ def _near_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f" (nor is there a folder {folder})"
-    names = sorted(p.name for p in folder.glob("*.yaml"))
-    near = difflib.get_close_matches(path.name, names, n=1)
+    recipes = {
+        p.name: p for p in [*sorted((folder / "recipes").glob("*.yaml")), *sorted(folder.glob("*.yaml"))]
+    }
+    near = difflib.get_close_matches(path.name, recipes, n=1)
     if near:
-        return f"; did you mean {folder / near[0]}?"
-    return f"; recipes there: {', '.join(names)}" if names else f"; {folder} holds no recipes"
+        return f"; did you mean {recipes[near[0]]}?"
+    return f"; there are: {', '.join(map(str, recipes.values()))}" if recipes else ""
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -288,6 +298,14 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(
             f"override {override!r}: the value is not valid YAML: {_first_line(error)}"
         ) from None
+
+
+def _refuse_two_horizons(layers: list[dict[str, Any]]) -> None:
+    sections = [layer["trainer"] for layer in layers if isinstance(layer.get("trainer"), dict)]
+    given = {key: s[key] for s in sections for key in HORIZONS if s.get(key) is not None}
+    if len(given) > 1:
+        shown = " and ".join(f"trainer.{key} = {_show(value)}" for key, value in given.items())
+        raise ConfigError(f"{shown}: expected exactly one of them")
 
 
 def _merge(old: Any, new: Any, path: str = "") -> Any:
@@ -312,6 +330,7 @@ def _merge(old: Any, new: Any, path: str = "") -> Any:
 def _import_plugins(plugins: Any) -> None:
     if plugins is None:
         return
+    plugins = [plugins] if isinstance(plugins, str) else plugins
     if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
         raise ConfigError(f"plugins = {plugins!r}: expected a list of module names")
     for name in plugins:
@@ -319,7 +338,12 @@ def _import_plugins(plugins: Any) -> None:
             importlib.import_module(name)
         except Exception as error:  # whatever a plug-in does, the message must name it
             kind = type(error).__name__
-            raise ConfigError(f"plugins: importing {name!r} failed: {kind}: {_first_line(error)}") from error
+            hint = ""
+            if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+                hint = "; it must be installed, or its folder be on PYTHONPATH"
+            raise ConfigError(
+                f"plugins: importing {name!r} failed: {kind}: {_first_line(error)}{hint}"
+            ) from error
 
 
 # --------------------------------------------------------------------------------------------- checking
@@ -435,6 +459,8 @@ def _convert(value: Any, kind: Any) -> Any:
         return next(
             (choice for choice in args if _show(choice) == _show(value) or str(value) == choice), MISSING
         )
+    if origin is list and isinstance(value, str):
+        value = [value]  # one file or module needs no brackets
     if origin is list and isinstance(value, list):
         items = [_convert(item, args[0]) for item in value]
         return MISSING if MISSING in items else items

@@ -122,7 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--checkpoint", default="last", choices=["last", "best"], help="which weights (default: %(default)s)"
     )
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+        "--device",
+        type=_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
     )
     args = parser.parse_args(arguments)
 
@@ -180,6 +183,13 @@ def _at_least(kind: type, least: int):
     return parse
 
 
+def _device(text: str) -> str:
+    try:
+        return str(torch.device(text))
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: expected cpu or cuda") from None
+
+
 def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -188,4 +198,7 @@ def _share(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

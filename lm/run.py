@@ -42,9 +42,15 @@ def new_run_dir(recipe: Recipe) -> Path:
 
 
 def create_run(recipe: Recipe) -> Path:
-    """Makes the run folder and writes down the recipe and the environment."""
+    """Makes the run folder and writes down the recipe and the environment. Raises ConfigError."""
     run = new_run_dir(recipe)
-    (run / "checkpoints").mkdir(parents=True)
+    try:
+        (run / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"logging.dir = {recipe.logging.dir!r}: {run} cannot be made: {error.strerror}; expected a folder that "
+            "can be written to"
+        ) from None
     (run / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
     return run
@@ -110,7 +116,10 @@ def _differences(run: Path, recipe: Recipe):
 def check_run(run: Path) -> None:
     """Raises ConfigError unless `run` is a run folder with a checkpoint."""
     if not run.is_dir():
-        raise ConfigError(f"run folder {run}: no such folder; expected runs/<recipe name>/<run id>")
+        found = "that is a file" if run.exists() else "no such folder"
+        raise ConfigError(f"run folder {run}: {found}; expected runs/<recipe name>/<run id>")
+    if inside := sorted(run.glob("*/recipe.yaml")):
+        raise ConfigError(f"run folder {run}: it holds several runs; did you mean {inside[-1].parent}?")
     for part in ("recipe.yaml", f"checkpoints/{LAST}"):
         if not (run / part).is_file():
             raise ConfigError(f"run folder {run}: it has no {part}, so there is nothing to load")
@@ -119,6 +128,8 @@ def check_run(run: Path) -> None:
 def load_decoder(run: Path, device: str = "cpu", checkpoint: str = LAST) -> tuple[Decoder, Recipe]:
     """The trained decoder of a run, in evaluation mode, and its recipe. Raises ConfigError."""
     check_run(run)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device = {device!r}: no CUDA device is available here; expected cpu")
     recipe = load_recipe(run / "recipe.yaml")
     path = run / "checkpoints" / checkpoint
     try:

@@ -90,10 +90,11 @@ def train(recipe: Recipe, console: Console) -> Result:
     quiet_libraries()
     kind = accelerator(recipe)
     resumed = find_resumable(recipe)
-    if resumed is not None:
-        _say_what_differs(resumed, recipe, console)
-    elif recipe.resume == "auto":
-        console.print(f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one")
+    if resumed is None and recipe.resume == "auto":
+        console.print(
+            f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one",
+            soft_wrap=True,
+        )
     checkpoint = resumed / "checkpoints" / LAST if resumed else None
     first_step = _step_of(checkpoint) if checkpoint else 0
     data = make_data(recipe)
@@ -105,6 +106,7 @@ def train(recipe: Recipe, console: Console) -> Result:
     else:
         run = resumed
         _check_continuation(run, data, first_step, steps)
+        _say_what_differs(run, recipe, first_step, console)
         (run / "result.json").unlink(missing_ok=True)
         (run / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     data.save_tokenizer(run)
@@ -134,7 +136,7 @@ def train(recipe: Recipe, console: Console) -> Result:
     millions = sum(p.numel() for p in decoder.parameters()) / 1e6
     rows = recipe.trainer.batch_size * recipe.trainer.accumulate
     console.print(
-        f"{recipe.name}: {millions:.2f}M parameters, {steps:,} steps of {rows} x {data.seq_len} tokens on {kind}; "
+        f"{recipe.name}: {millions:.2f}M parameters, {steps:,} steps of {rows} x {data.seq_len} tokens on {kind}\n"
         f"run folder {run}",
         highlight=False,
         soft_wrap=True,
@@ -146,7 +148,11 @@ def train(recipe: Recipe, console: Console) -> Result:
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
     trainer.save_checkpoint(run / "checkpoints" / LAST)
-    final = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("watch/")}
+    final = {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if not name.startswith("watch/")
+    }
     # At the last step: a value at an earlier one would make TensorBoard drop the curve that follows it.
     tensorboard.log_hyperparams(_flat(to_dict(recipe)), final, step=trainer.global_step)
     tensorboard.finalize("success")
@@ -194,9 +200,9 @@ def _precision(recipe: Recipe, kind: str) -> dict:
     return {"precision": {"32": "32-true", "bf16-mixed": "bf16-mixed"}[recipe.trainer.precision]}
 
 
-def _say_what_differs(run: Path, recipe: Recipe, console: Console) -> None:
+def _say_what_differs(run: Path, recipe: Recipe, first_step: int, console: Console) -> None:
     before = to_dict(load_recipe(run / "recipe.yaml"))
-    console.print(f"continuing {run}", highlight=False)
+    console.print(f"continuing {run} after step {first_step}", highlight=False, soft_wrap=True)
     for key, old, new in differing_keys(before, to_dict(recipe)):
         if key != "resume":
             console.print(f"  {key}: was {old!r}, now {new!r}", highlight=False)

@@ -35,13 +35,13 @@ def head_problems(
     divisors = [h for h in range(1, d_model + 1) if d_model % h == 0]
     if heads not in divisors:
         near = min(divisors, key=lambda h: abs(h - heads))
-        yield "n_heads", f"which must divide model.d_model = {d_model}; nearest: {near}"
+        yield "n_heads", f"it must divide model.d_model = {d_model}; nearest: {near}"
         return
     if rope and (d_model // heads) % 2:
-        yield "n_heads", f"which makes heads {d_model // heads} wide, and rotary positions need an even width"
+        yield "n_heads", f"that makes heads {d_model // heads} wide, and rotary positions need an even width"
     if n_kv_heads is not None and heads % n_kv_heads:
         valid = [h for h in range(1, heads + 1) if heads % h == 0]
-        yield "n_kv_heads", f"which must divide n_heads = {heads}; valid: {', '.join(map(str, valid))}"
+        yield "n_kv_heads", f"it must divide n_heads = {heads}; valid: {', '.join(map(str, valid))}"
 
 
 @dataclass

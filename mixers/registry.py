@@ -78,5 +78,5 @@ def build_mixer(
             raise ValueError(f"mixer {name!r} has no option {option!r}: {one_of(option, valid)}")
     config = config_class(**options)
     for option, expected in getattr(config, "problems", lambda d_model: ())(d_model):
-        raise ValueError(f"mixer {name!r}: {option} = {asdict(config)[option]!r}, {expected}")
+        raise ValueError(f"mixer {name!r}: {option} = {asdict(config)[option]!r}: {expected}")
     return cls(config, d_model, layer_index, n_layers)

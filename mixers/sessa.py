@@ -45,7 +45,7 @@ class SessaConfig:
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
         yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope)
         if d_model % self.n_feedback_heads:
-            yield "n_feedback_heads", f"which must divide model.d_model = {d_model}"
+            yield "n_feedback_heads", f"it must divide model.d_model = {d_model}"
 
 
 @dataclass

@@ -77,7 +77,7 @@ BAD = {
     "heads do not divide": (
         ["model.mixer.n_heads=7"],
         "model.mixer.n_heads = 7",
-        "divide model.d_model = 256; nearest: 8",
+        "it must divide model.d_model = 256; nearest: 8",
     ),
     "kv heads do not divide": (
         ["model.mixer={name: attention, n_heads: 8, n_kv_heads: 3}"],
@@ -88,6 +88,11 @@ BAD = {
     "unknown data module": (["data=txt"], "data = 'txt': no such data module", "did you mean 'text'?"),
     "unknown option of the data": (["data.sequence_length=8"], "data.sequence_length = 8", "seq_len"),
     "no horizon": (["trainer.steps=null"], "trainer.steps = null", "exactly one of"),
+    "two horizons in overrides": (
+        ["trainer.steps=3", "trainer.epochs=2"],
+        "trainer.steps = 3 and trainer.epochs = 2",
+        "expected exactly one of them",
+    ),
     "two horizons": (["trainer={steps: 3, epochs: 2}"], "trainer.epochs = 2", "exactly one of"),
     "missing data file": (["data.files=[corpsu.txt]"], "data.files", "did you mean corpus.txt?"),
     "empty data file": (["data.files=[empty.txt]"], "data.", "no document with text"),
@@ -129,11 +134,17 @@ BAD = {
     "not key=value": (["model.mixer"], "'model.mixer'", "expected key=value"),
     "index into a list": (["model.mixer[0]=sessa"], "model.mixer[0]=sessa", "expected key=value"),
     "broken value": (["model.mixer={name: sessa"], "model.mixer={name: sessa", "not valid YAML"),
-    "missing plug-in": (["plugins=[no_such_module]"], "plugins", "no_such_module"),
+    "missing plug-in": (["plugins=[no_such_module]"], "plugins", "'no_such_module'; it must be installed"),
     "missing interpolation": (["optim.lr=${optim.nothing}"], "optim.nothing", "good.yaml"),
+    "name with a path": (["name=../elsewhere"], "name = '../elsewhere'", "without slashes"),
+    "folder for runs that cannot be made": (
+        ["logging.dir=corpus.txt/runs", "data.seq_len=8"],
+        "logging.dir = 'corpus.txt/runs'",
+        "cannot be made",
+    ),
     "run to resume is missing": (["resume=nowhere"], "run folder nowhere", "no such folder"),
     "no GPU": (["strategy.accelerator=tpu"], "strategy.accelerator = 'tpu'", "one of auto, cpu, gpu"),
-    "several devices": (["strategy.devices=2"], "strategy.devices = 2", "at most 1"),
+    "several devices": (["strategy.devices=2"], "strategy.devices = 2", "one of 1"),
 }
 
 
@@ -151,7 +162,8 @@ def test_a_wrong_override_gets_one_clear_line(folder, capsys, overrides, where, 
 BAD_FILES = {
     "not YAML": ("model: [unclosed", "bad.yaml: line 2, column 1", "not valid YAML"),
     "not a mapping": ("- a\n- b\n", "bad.yaml", "expected a mapping of sections"),
-    "missing base": ("base: nothing.yaml\n", "nothing.yaml", "no such file"),
+    "missing base": ("base: nothing.yaml\n", "base = 'nothing.yaml' in bad.yaml", "no such file"),
+    "empty": ("# nothing yet\n", "bad.yaml", "it is empty"),
     "base is no path": ("base: 3\n", "base = 3", "path of a recipe"),
     "its own base": ("base: bad.yaml\n", "base", "its own base"),
     "key twice": ("seed: 1\nseed: 2\n", "bad.yaml: line 2", "duplicate key"),

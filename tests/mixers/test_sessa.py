@@ -87,8 +87,8 @@ def test_diagnostics_watch_gain_and_entropy():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_heads": 5}, "n_heads = 5, which must divide model.d_model = 32; nearest: 4"),
-        ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads = 3, which must divide n_heads = 4; valid: 1, 2, 4"),
+        ({"n_heads": 5}, "n_heads = 5: it must divide model.d_model = 32; nearest: 4"),
+        ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads = 3: it must divide n_heads = 4; valid: 1, 2, 4"),
         ({"n_feedback_heads": 3}, "n_feedback_heads = 3"),
         ({"n_head": 4}, "did you mean 'n_heads'"),
     ],
