@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.logging import RichHandler
 
 EXAMPLES = """
 examples:
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lm.config import ConfigError, load_recipe, to_yaml
 
     console = Console()
-    logging.basicConfig(format="%(message)s")
+    quiet = {"show_time": False, "show_level": False, "show_path": False}
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, **quiet)])
     logging.getLogger("mixerlab").setLevel(logging.INFO)
     try:
         recipe = load_recipe(args.recipe, args.overrides)
@@ -61,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dry_run(recipe, console)
             return 0
         from lm.module import NonFiniteError
-        from lm.training import train
+        from lm.training import report, train
 
         try:
-            result = train(recipe, console)
+            report(train(recipe, console), recipe, console)
         except NonFiniteError as error:
             print(f"stopped: {error}", file=sys.stderr)
             return 1
@@ -74,22 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if result.sample:
-        console.print("\n[bold]sample[/bold]")
-        print(result.sample, end="\n\n")
-    reached = " · ".join(
-        f"{name.replace('/', ' ').replace('_', ' ')} {v:.4f}" for name, v in result.metrics.items()
-    )
-    run = result.run
-    console.print(
-        f"[bold]reached[/bold] after {result.steps} steps: {reached}", highlight=False, soft_wrap=True
-    )
-    for what, text in {
-        "run folder ": run,
-        "watch      ": f"tensorboard --logdir {run.parent}",
-        "generate   ": f"python -m lm.generate {run} --prompt {json.dumps(recipe.logging.sample_prompt)}",
-    }.items():
-        console.print(f"[bold]{what}[/bold]", text, highlight=False, soft_wrap=True)
     return 0
 
 

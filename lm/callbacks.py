@@ -172,7 +172,7 @@ class StepProgress(ProgressBar):
         self.metrics = metrics
         self.console = console or Console()
         self._progress: Progress | None = None
-        self._valid = ""
+        self._loss = self._valid = ""
         self._printed = 0
 
     def disable(self) -> None:
@@ -204,12 +204,17 @@ class StepProgress(ProgressBar):
         if step == self._printed:
             return
         self._printed = step
-        loss = f"loss {float(pl_module.step_metrics['loss']):.3f}"
+        self._loss = f"loss {float(pl_module.step_metrics['loss']):.3f}"
         if self._progress is not None:
-            # Short enough to leave room for a bar in 80 columns.
-            self._progress.update(self._task, completed=step, text=f"{loss}{self._valid} · {self._speed()}")
+            self._progress.update(self._task, completed=step, text=self._text())
         elif step % self.metrics.every == 0 or step in (1, trainer.max_steps):
-            self.console.print(f"step {step}/{trainer.max_steps} · {loss} · {self._speed()}", highlight=False)
+            self.console.print(
+                f"step {step}/{trainer.max_steps} · {self._loss} · {self._speed()}", highlight=False
+            )
+
+    def _text(self) -> str:
+        # Short enough to leave room for a bar in 80 columns.
+        return f"{self._loss}{self._valid} · {self._speed()}"
 
     def _speed(self) -> str:
         speed = self.metrics.tokens_per_second
@@ -228,7 +233,9 @@ class StepProgress(ProgressBar):
             return
         value = f"{float(measured[name]):.3f}"
         self._valid = f" · valid {value}{' bpb' if name.endswith('byte') else ''}"
-        if self._progress is None:
+        if self._progress is not None:
+            self._progress.update(self._task, text=self._text())
+        else:
             step = f"step {trainer.global_step}/{trainer.max_steps}"
             what = name.replace("/", " ").replace("_", " ")
             self.console.print(f"{step} · {what} {value}", highlight=False)

@@ -161,6 +161,22 @@ def train(recipe: Recipe, console: Console) -> Result:
     return Result(run, trainer.global_step, final, sample)
 
 
+def report(result: Result, recipe: Recipe, console: Console) -> None:
+    """Prints what a run reached, where it lies, and what can be done with it."""
+    if result.sample:
+        console.print("\n[bold]sample[/bold]")
+        print(result.sample, end="\n\n")
+    rates = [f"{name.replace('/', ' ').replace('_', ' ')} {v:.4f}" for name, v in result.metrics.items()]
+    prompt = json.dumps(recipe.logging.sample_prompt)
+    for what, text in {
+        "reached    ": f"after {result.steps} steps: {' · '.join(rates)}",
+        "run folder ": str(result.run),
+        "watch      ": f"tensorboard --logdir {result.run.parent}",
+        "generate   ": f"python -m lm.generate {result.run} --prompt {prompt}",
+    }.items():
+        console.print(f"[bold]{what}[/bold]", text, highlight=False, soft_wrap=True)
+
+
 def _watchers(
     recipe: Recipe, run: Path, data: DataModule, decoder: Decoder, console: Console
 ) -> list[Callback]:
