@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lm.config import ConfigError, load_recipe, to_yaml
 
     console = Console()
-    quiet = {"show_time": False, "show_level": False, "show_path": False}
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, **quiet)])
+    plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    logging.basicConfig(format="%(message)s", handlers=[plain])
     logging.getLogger("mixerlab").setLevel(logging.INFO)
     try:
         recipe = load_recipe(args.recipe, args.overrides)
