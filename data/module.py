@@ -69,6 +69,11 @@ class DataModule(ABC):
     def vocab_size(self) -> int:
         """V. Needs no data before `setup` (a dry run may ask); exact after it."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the rows do: a resumed run compares it. Known after `prepare`; "" where rows cannot change."""
+        return ""
+
     def prepare(self, run_dir: Path | None = None) -> None:  # noqa: B027  (many modules need none)
         """Downloads, trains the tokenizer and fills the cache, in the main process only; does nothing twice.
 

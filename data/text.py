@@ -231,6 +231,12 @@ class TextData(DataModule):
         self._folder = folder
         self._use(tokenizer)
 
+    @property
+    def fingerprint(self) -> str:
+        if self._folder is None:
+            raise RuntimeError("prepare() must run before the fingerprint is asked for")
+        return self._folder.name
+
     def train_dataset(self) -> TokenRows:
         return self._rows("train")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 from rich.progress import (
@@ -87,13 +87,14 @@ class Metrics(Callback):
         self._step = step
         if step % self.every and step != 1 and step != trainer.max_steps:
             return
-        if torch.cuda.is_available():
+        on_gpu = pl_module.device.type == "cuda"
+        if on_gpu:
             torch.cuda.synchronize()
         self._seconds += time.perf_counter() - self._began
         self.tokens_per_second = self._tokens / self._seconds
         metrics = {f"train/{name}": float(value) for name, value in pl_module.step_metrics.items()}
         metrics["speed/tokens_per_second"] = self.tokens_per_second
-        if torch.cuda.is_available():
+        if on_gpu:
             metrics["memory/peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
             name = torch.cuda.get_device_name()
             peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
@@ -141,16 +142,31 @@ def as_markdown_block(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
 
 
-class StepCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that never saves in the middle of an accumulation.
+class LastCheckpoint(Checkpoint):
+    """Writes last.ckpt every so many steps, at step boundaries only, and after the validation of the step if any.
 
-    After a resume Lightning's first micro-batch would save the step it resumed from a second time, from inside
-    the next one, over the good file.
+    Written before it, a checkpoint would not know what the validation found, and a run that resumes from it would
+    neither repeat the validation nor remember the best loss.
     """
 
+    def __init__(self, path: Path, every: int, val_every: int):
+        self.path, self.every, self.val_every = path, every, val_every
+        self._step = 0
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        step = trainer.global_step
+        if step == self._step:
+            return  # in the middle of an accumulation
+        self._step = step
+        if step % self.every == 0 and step % self.val_every:
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._step % self.every == 0:
+            trainer.save_checkpoint(self.path)
 
 
 class StopAtTheEnd(Callback):
@@ -204,10 +220,14 @@ class StepProgress(ProgressBar):
         if step == self._printed:
             return
         self._printed = step
+        if step % self.metrics.every and step not in (1, trainer.max_steps):
+            if self._progress is not None:
+                self._progress.update(self._task, completed=step)
+            return  # reading the loss waits for the GPU
         self._loss = f"loss {float(pl_module.step_metrics['loss']):.3f}"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, text=self._text())
-        elif step % self.metrics.every == 0 or step in (1, trainer.max_steps):
+        else:
             self.console.print(
                 f"step {step}/{trainer.max_steps} · {self._loss} · {self._speed()}", highlight=False
             )

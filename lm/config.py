@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -141,9 +142,7 @@ HORIZONS = ("steps", "epochs", "tokens")
 
 @dataclass
 class StrategyConfig:
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = field(
-        default="auto", metadata={"help": "kind of device"}
-    )
+    accelerator: Literal["auto", "cpu", "gpu"] = field(default="auto", metadata={"help": "kind of device"})
     devices: Literal[1] = field(default=1, metadata={"help": "devices to train on"})
 
 
@@ -165,7 +164,8 @@ class Recipe:
         default=None, metadata={"help": "name of the run's folder; null: the recipe file's name"}
     )
     seed: int = field(
-        default=0, metadata={"help": "seed of the weights, the data's order and dropout", "min": 0}
+        default=0,
+        metadata={"help": "seed of the weights, the data's order and dropout", "min": 0, "max": 2**31 - 1},
     )
     resume: str | None = field(
         default=None,
@@ -190,11 +190,13 @@ class Recipe:
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, check_data: bool = True
+) -> Recipe:
     """Reads a recipe, its bases and `key=value` overrides; returns it checked and whole.
 
     `model.mixer` and `data` come back as plain mappings (or a list of them) with every option filled in.
-    Raises ConfigError.
+    Without `check_data` the files that the data names may have gone, as those of an old run. Raises ConfigError.
     """
     path = Path(path)
     defaults = {"model": {"mixer": ModelConfig.mixer}, "data": Recipe.data}
@@ -208,7 +210,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from None
     _import_plugins(raw.get("plugins"))
-    recipe = check_recipe(raw)
+    recipe = check_recipe(raw, check_data)
     if recipe.name is None:
         recipe.name = path.stem
     if Path(recipe.name).name != recipe.name:
@@ -349,13 +351,15 @@ def _import_plugins(plugins: Any) -> None:
 # --------------------------------------------------------------------------------------------- checking
 
 
-def check_recipe(raw: Mapping[str, Any]) -> Recipe:
+def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
     """Plain mappings -> Recipe, or ConfigError at the first thing that is wrong."""
     recipe = _check_dataclass(Recipe, raw, "")
     _report_problems(recipe.optim, "optim")
     _report_problems(recipe.trainer, "trainer")
     recipe.model.mixer = _check_mixers(recipe.model.mixer, recipe.model.d_model)
     recipe.data = _check_choice(recipe.data, "data", "data module", data_names(), data_config)
+    if check_data:
+        _report_problems(data_config(recipe.data["name"])(**recipe.data), "data")
     if recipe.data.get("pack"):
         for spec in recipe.model.mixer if isinstance(recipe.model.mixer, list) else [recipe.model.mixer]:
             if not mixer_class(spec["name"]).supports_segments:
@@ -376,7 +380,10 @@ def _check_mixers(value: Any, d_model: int) -> Any:
 
 
 def _check_mixer(value: Any, path: str, d_model: int) -> dict[str, Any]:
-    return _check_choice(value, path, "mixer", mixer_names(), mixer_config, d_model)
+    spec = _check_choice(value, path, "mixer", mixer_names(), mixer_config)
+    options = {key: option for key, option in spec.items() if key != "name"}
+    _report_problems(mixer_config(spec["name"])(**options), path, d_model)
+    return spec
 
 
 def _report_problems(config: Any, path: str, *context: Any) -> None:
@@ -385,7 +392,7 @@ def _report_problems(config: Any, path: str, *context: Any) -> None:
 
 
 def _check_choice(
-    value: Any, path: str, kind: str, names: list[str], schema_of: Callable[[str], type], *context: Any
+    value: Any, path: str, kind: str, names: list[str], schema_of: Callable[[str], type]
 ) -> dict[str, Any]:
     """A name, or a mapping with a name -> the mapping with every option of that choice filled in."""
     options = {"name": value} if isinstance(value, str) else value
@@ -400,7 +407,6 @@ def _check_choice(
         raise ConfigError(f"{path} = {_show(name)}: no such {kind}; {one_of(name, names)}")
     rest = {key: v for key, v in options.items() if key != "name"}
     config = _check_dataclass(schema_of(name), rest, path)
-    _report_problems(config, path, *context)
     return {"name": name, **_plain(config)}
 
 
@@ -417,7 +423,9 @@ def _check_dataclass(schema: type, raw: Any, path: str) -> Any:
     for item in fields(schema):
         full_key, kind = dot + item.name, hints[item.name]
         if is_dataclass(kind):
-            values[item.name] = _check_dataclass(cast(type, kind), raw.get(item.name) or {}, full_key)
+            values[item.name] = _check_dataclass(
+                cast(type, kind), {} if raw.get(item.name) is None else raw[item.name], full_key
+            )
         elif item.name in raw:
             values[item.name] = _check_value(raw[item.name], kind, item.metadata, full_key)
         elif item.default is MISSING and item.default_factory is MISSING:
@@ -468,7 +476,7 @@ def _convert(value: Any, kind: Any) -> Any:
         items = [_convert(item, arm) for item, arm in zip(value, args, strict=True)]
         return MISSING if MISSING in items else tuple(items)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if math.isfinite(value) else MISSING
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     return value if kind in (str, bool) and isinstance(value, kind) else MISSING

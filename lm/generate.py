@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     logits = logits.float().cpu()
     if temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # so that a tiny temperature cannot overflow
     probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)  # (B, V)
     before = probabilities.cumsum(-1) - probabilities  # the mass of likelier tokens: 0 for the first
     probabilities[before >= top_p] = 0
@@ -175,7 +177,7 @@ def _print_in_order(prompts: Sequence[str], pieces: Iterator[tuple[int, str]]) -
 def _at_least(kind: type, least: int):
     def parse(text: str):
         value = kind(text)
-        if value < least:
+        if not least <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text}: expected at least {least}")
         return value
 

@@ -71,15 +71,11 @@ class LanguageModel(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the gradient of the summed loss into that of the mean over the whole step's labels."""
-        labelled = self.train_metrics.labelled
-        if labelled == 0:
-            raise ValueError(
-                f"step {self.trainer.global_step + 1}: no position of the batch has a label, so there is no loss"
-            )
-        # Lightning has divided the loss of each micro-batch by their number.
-        factor = self.recipe.trainer.accumulate / labelled.item()
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        # Lightning has divided the loss of each micro-batch by their number. A tensor: its value is not waited for.
+        factor = self.recipe.trainer.accumulate / self.train_metrics.labelled
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad.mul_(factor)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -88,7 +84,7 @@ class LanguageModel(L.LightningModule):
         norm = nn.utils.clip_grad_norm_(self.parameters(), math.inf if limit is None else limit)
         rates = self.train_metrics.compute()
         self.train_metrics.reset()
-        if not (torch.isfinite(norm) and torch.isfinite(rates["loss"])):
+        if not torch.isfinite(norm + rates["loss"]):
             raise NonFiniteError(
                 f"step {self.trainer.global_step + 1}: loss {rates['loss']:.4g}, gradient norm {norm:.4g}. "
                 "The weights are as they were before this step. Try a lower optim.lr, more optim.warmup_steps, "

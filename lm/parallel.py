@@ -1,6 +1,9 @@
-"""What is done to a decoder for speed and memory, without its knowing."""
+"""What is done to a decoder for speed and memory."""
 
 from __future__ import annotations
+
+import torch
+import torch._dynamo
 
 from lm.config import TrainerConfig
 from lm.decoder import Decoder
@@ -13,5 +16,8 @@ def parallelize(decoder: Decoder, config: TrainerConfig) -> None:
     """
     decoder.activation_checkpointing = config.activation_checkpointing
     if config.compile:
+        # Every kind of mixer, and training and validation, is a graph of its own of the blocks' one method.
+        kinds = len({type(block.mixer) for block in decoder.layers})
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * kinds)
         for block in decoder.blocks:
             block.compile()

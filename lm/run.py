@@ -4,6 +4,7 @@ runs/<recipe name>/<run id>/
     recipe.yaml         the whole recipe; training from it repeats the run
     environment.json    versions, device, git commit
     checkpoints/        last.ckpt, best.ckpt
+    data.fingerprint    tells whether the data have changed since
     tokenizer.json      where the data has a tokenizer
     metrics.csv         step, metric, value
     events.out.*        TensorBoard
@@ -16,18 +17,31 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from data import TextTokenizer, load_tokenizer
-from lm.config import ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
+from lm.config import HORIZONS, ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
 from lm.decoder import Decoder
 from lm.precision import to_bf16
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+
+DATA = "data.fingerprint"
+
+MAY_CHANGE = (
+    *(f"trainer.{key}" for key in (*HORIZONS, "val_every", "val_batches", "checkpoint_every", "num_workers")),
+    "logging.",
+    "strategy.",
+)
+"""Keys that a resumed run may have otherwise than before. Of the rest, some decide what was learnt already, and
+the optimiser's would be overwritten by its saved state."""
 
 
 def new_run_dir(recipe: Recipe) -> Path:
@@ -51,9 +65,14 @@ def create_run(recipe: Recipe) -> Path:
             f"logging.dir = {recipe.logging.dir!r}: {run} cannot be made: {error.strerror}; expected a folder that "
             "can be written to"
         ) from None
-    (run / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    save_recipe(run, recipe)
     (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
     return run
+
+
+def save_recipe(run: Path, recipe: Recipe) -> None:
+    """Writes the recipe that, trained, repeats the run: without `resume`."""
+    (run / "recipe.yaml").write_text(to_yaml(replace(recipe, resume=None)), encoding="utf-8")
 
 
 def environment() -> dict[str, str | None]:
@@ -93,7 +112,7 @@ def find_resumable(recipe: Recipe) -> Path | None:
     if recipe.resume != "auto":
         run = Path(recipe.resume)
         check_run(run)
-        differing = [d for d in _differences(run, recipe) if d[0].split(".")[0] in ("model", "data", "seed")]
+        differing = [d for d in _differences(run, recipe) if not d[0].startswith(MAY_CHANGE)]
         if differing:
             listed = "; ".join(f"{key} was {a!r} and is now {b!r}" for key, a, b in differing)
             raise ConfigError(f"resume = {recipe.resume!r}: that run has another recipe: {listed}")
@@ -101,16 +120,43 @@ def find_resumable(recipe: Recipe) -> Path | None:
     folder = Path(recipe.logging.dir) / str(recipe.name)
     for run in sorted(folder.glob("*/"), key=lambda path: path.name, reverse=True):
         unfinished = (run / "checkpoints" / LAST).is_file() and not (run / "result.json").exists()
-        if unfinished and (run / "recipe.yaml").is_file() and not _differences(run, recipe):
-            return run
+        if unfinished and (run / "recipe.yaml").is_file() and not _is_locked(run):
+            try:
+                same = not _differences(run, recipe)
+            except ConfigError:  # of an older version, or with a plug-in that has gone
+                continue
+            if same:
+                return run
     return None
 
 
-def _differences(run: Path, recipe: Recipe):
-    before = to_dict(load_recipe(run / "recipe.yaml"))
-    return [
-        d for d in differing_keys(before, to_dict(recipe)) if d[0] not in ("resume", "name", "logging.dir")
-    ]
+def lock_run(run: Path) -> FileLock:
+    """The run's lock, held by the process that trains it. Raises ConfigError if another process does."""
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"resume = {str(run)!r}: another process is training that run") from None
+    return lock
+
+
+def _is_locked(run: Path) -> bool:
+    try:
+        lock_run(run).release()
+    except ConfigError:
+        return True
+    return False
+
+
+def _differences(run: Path, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    before = to_dict(load_run_recipe(run))
+    differing = differing_keys(before, to_dict(recipe))
+    return [d for d in differing if d[0] not in ("resume", "name", "logging.dir")]
+
+
+def load_run_recipe(run: Path) -> Recipe:
+    """The recipe of a run, whose data may have moved since."""
+    return load_recipe(run / "recipe.yaml", check_data=False)
 
 
 def check_run(run: Path) -> None:
@@ -130,12 +176,12 @@ def load_decoder(run: Path, device: str = "cpu", checkpoint: str = LAST) -> tupl
     check_run(run)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device = {device!r}: no CUDA device is available here; expected cpu")
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = load_run_recipe(run)
     path = run / "checkpoints" / checkpoint
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
-        raise ConfigError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
+        raise unreadable(path, error) from error
     weights = {
         key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")
     }
@@ -144,6 +190,12 @@ def load_decoder(run: Path, device: str = "cpu", checkpoint: str = LAST) -> tupl
         to_bf16(decoder)
     decoder.load_state_dict(weights)
     return decoder.to(device).eval(), recipe
+
+
+def unreadable(checkpoint: Path, error: Exception) -> ConfigError:
+    """The message for a checkpoint that torch cannot load."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ConfigError(f"checkpoint {checkpoint} cannot be read, it must be damaged: {reason}")
 
 
 def build_decoder(recipe: Recipe, vocab_size: int) -> Decoder:

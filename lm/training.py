@@ -16,27 +16,38 @@ os.environ.setdefault(
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from data import DataModule, build_data, data_config, load_tokenizer
+from data import DataModule, build_data, data_config
 from lm.batches import Loaders
 from lm.callbacks import (
     CSVMetrics,
+    LastCheckpoint,
     Metrics,
     SampleText,
-    StepCheckpoint,
     StepProgress,
     StopAtTheEnd,
     as_markdown_block,
 )
-from lm.config import ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
+from lm.config import ConfigError, Recipe, differing_keys, to_dict, to_yaml
 from lm.decoder import Decoder
 from lm.module import LanguageModel
 from lm.parallel import parallelize
 from lm.precision import BF16Weights
-from lm.run import BEST, LAST, build_decoder, create_run, find_resumable
+from lm.run import (
+    BEST,
+    DATA,
+    LAST,
+    build_decoder,
+    create_run,
+    find_resumable,
+    load_run_recipe,
+    lock_run,
+    save_recipe,
+    unreadable,
+)
 
 
 @dataclass
@@ -108,14 +119,16 @@ def train(recipe: Recipe, console: Console) -> Result:
         _check_continuation(run, data, first_step, steps)
         _say_what_differs(run, recipe, first_step, console)
         (run / "result.json").unlink(missing_ok=True)
-        (run / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+        save_recipe(run, recipe)
+    lock = lock_run(run)
     data.save_tokenizer(run)
+    (run / DATA).write_text(data.fingerprint + "\n")
 
     decoder = make_decoder(recipe, data.vocab_size)
     module = LanguageModel(recipe, decoder, steps, data.token_bytes, tuple(data.val_datasets()))
     watchers = _watchers(recipe, run, data, decoder, console)
     tensorboard = TensorBoardLogger(
-        run, name="", version="", default_hp_metric=False, purge_step=first_step or None
+        run, name="", version="", default_hp_metric=False, purge_step=first_step + 1 if first_step else None
     )
     trainer = L.Trainer(
         accelerator=kind,
@@ -153,10 +166,12 @@ def train(recipe: Recipe, console: Console) -> Result:
         for name, value in trainer.callback_metrics.items()
         if not name.startswith("watch/")
     }
-    # At the last step: a value at an earlier one would make TensorBoard drop the curve that follows it.
-    tensorboard.log_hyperparams(_flat(to_dict(recipe)), final, step=trainer.global_step)
+    # Under a name of its own: TensorBoard writes these metrics as points too.
+    last = {name.replace("valid/", "final/", 1): value for name, value in final.items()}
+    tensorboard.log_hyperparams(_flat(to_dict(recipe)), last, step=trainer.global_step)
     tensorboard.finalize("success")
     (run / "result.json").write_text(json.dumps({"steps": trainer.global_step, **final}, indent=2) + "\n")
+    lock.release()
     sample = next((watcher.latest for watcher in watchers if isinstance(watcher, SampleText)), "")
     return Result(run, trainer.global_step, final, sample)
 
@@ -189,8 +204,8 @@ def _watchers(
     folder, every = run / "checkpoints", recipe.trainer.checkpoint_every
     return [
         *watchers,
-        StepCheckpoint(folder, Path(BEST).stem, monitor="valid/loss", enable_version_counter=False),
-        StepCheckpoint(folder, Path(LAST).stem, every_n_train_steps=every, enable_version_counter=False),
+        ModelCheckpoint(folder, Path(BEST).stem, monitor="valid/loss", enable_version_counter=False),
+        LastCheckpoint(folder / LAST, every, recipe.trainer.val_every),
         StepProgress(metrics, console),
     ]
 
@@ -202,11 +217,10 @@ def _check_continuation(run: Path, data: DataModule, first_step: int, steps: int
             f"resume = {str(run)!r}: that run has done {first_step} steps, and this recipe ends after {steps}; "
             f"expected a horizon of more, such as trainer.steps={2 * first_step}"
         )
-    before = load_tokenizer(run)
-    if before is not None and data.tokenizer is not None and before.pieces != data.tokenizer.pieces:
+    if (run / DATA).is_file() and (run / DATA).read_text().strip() != data.fingerprint:
         raise ConfigError(
-            f"resume = {str(run)!r}: its tokenizer is not the one that the data gives now; the documents must have "
-            "changed since. Restore them, or start a new run"
+            f"resume = {str(run)!r}: the data are not what that run was trained on; the documents must have changed "
+            "since. Restore them, or start a new run"
         )
 
 
@@ -217,7 +231,7 @@ def _precision(recipe: Recipe, kind: str) -> dict:
 
 
 def _say_what_differs(run: Path, recipe: Recipe, first_step: int, console: Console) -> None:
-    before = to_dict(load_recipe(run / "recipe.yaml"))
+    before = to_dict(load_run_recipe(run))
     console.print(f"continuing {run} after step {first_step}", highlight=False, soft_wrap=True)
     for key, old, new in differing_keys(before, to_dict(recipe)):
         if key != "resume":
@@ -228,9 +242,7 @@ def _step_of(checkpoint: Path) -> int:
     try:
         return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
-        raise ConfigError(
-            f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}"
-        ) from error
+        raise unreadable(checkpoint, error) from error
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:

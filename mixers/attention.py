@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mixers.mixer import Mixer, State, check_room
 from mixers.registry import register_mixer
@@ -98,10 +98,25 @@ def segment_positions(segment_ids: Tensor) -> Tensor:
     return index - torch.where(first, index, 0).cummax(dim=1).values
 
 
-@lru_cache(maxsize=2)  # the layers of one step share the mask; the key is the tensor's identity
-def _block_mask(
-    segment_ids: Tensor | None, window: int | None, batch: int, time: int, device: str
-) -> BlockMask:
+BLOCK = 128
+
+
+def block_mask(segment_ids: Tensor | None, window: int | None, time: int, device: torch.device) -> BlockMask:
+    """What `flex_attention` needs to know of the visible positions, made without a T x T mask.
+
+    segment_ids (B, T) or None. Since ids do not decrease along a row, their first and last in a block of
+    positions tell whether two blocks share a segment.
+    """
+    n_blocks = -(-time // BLOCK)
+    first = torch.arange(n_blocks, device=device) * BLOCK  # (n,)
+    last = (first + BLOCK - 1).clamp(max=time - 1)  # (n,)
+    shared = first[:, None] >= first  # (n, n): blocks of queries by blocks of keys
+    if window is not None:
+        shared = shared & (last > first[:, None] - window)
+    if segment_ids is not None:
+        shared = shared & (segment_ids[:, last][:, None, :] >= segment_ids[:, first][:, :, None])  # (B, n, n)
+    shared = shared.view(-1, 1, n_blocks, n_blocks)
+
     def visible(b, h, i, j):
         mask = j <= i
         if window is not None:
@@ -110,8 +125,12 @@ def _block_mask(
             mask = mask & (segment_ids[b, i] == segment_ids[b, j])
         return mask
 
-    return create_block_mask(
-        visible, batch if segment_ids is not None else None, None, time, time, device=device
+    return BlockMask.from_kv_blocks(
+        shared.sum(-1).int(),
+        shared.int().argsort(dim=-1, descending=True, stable=True).int(),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(time, time),
     )
 
 
@@ -132,7 +151,7 @@ def causal_attention(
     if segment_ids is None and (window is None or window >= q.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     if q.is_cuda:
-        mask = _block_mask(segment_ids, window, q.shape[0], q.shape[2], str(q.device))
+        mask = block_mask(segment_ids, window, q.shape[2], q.device)
         attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         return attend(q, k, v, block_mask=mask, enable_gqa=gqa)
     index = torch.arange(q.shape[2], device=q.device)  # (T,)

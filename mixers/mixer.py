@@ -124,7 +124,14 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Draws the mixer's own parameters anew (not those of submodules), on whatever device they are."""
+        """Draws the mixer's own parameters anew (not those of submodules), on whatever device they are.
+
+        A mixer that has any must implement it: a run's initial values come from its seed alone.
+        """
+        if own := [name for name, _ in self.named_parameters(recurse=False)]:
+            raise NotImplementedError(
+                f"{type(self).__name__} must draw {', '.join(own)} in reset_parameters()"
+            )
 
     def diagnostics(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
         """What is worth watching in training: name -> values of any shape, logged as mean and spread."""

@@ -51,6 +51,23 @@ def inputs(batch: int = B, time: int = T, d_model: int = D, seed: int = 0) -> Te
     )
 
 
+def check_initialisation(factory: Factory) -> None:
+    """`reset_parameters` draws every parameter of the mixer's own, from the global generator alone."""
+    drawn = []
+    for _ in range(2):
+        mixer = factory(D)
+        own = dict(mixer.named_parameters(recurse=False))
+        for parameter in own.values():
+            parameter.data.fill_(float("nan"))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            mixer.reset_parameters()
+        drawn.append(own)
+    for name, parameter in drawn[0].items():
+        assert torch.isfinite(parameter).all(), f"{name} is not drawn"
+        assert torch.equal(parameter, drawn[1][name]), f"{name} differs from draw to draw"
+
+
 def check_shape(factory: Factory) -> None:
     """(B, T, D) goes to (B, T, D), finite, for T = 1 too."""
     mixer = double(factory)
@@ -245,6 +262,7 @@ def check_state_bytes(factory: Factory) -> None:
 
 
 CHECKS = (
+    check_initialisation,
     check_shape,
     check_causality,
     check_extend_equals_forward,

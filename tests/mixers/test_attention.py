@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mixers import build_mixer
-from mixers.attention import _block_mask, causal_attention, rotate, segment_positions
+from mixers.attention import block_mask, causal_attention, rotate, segment_positions
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
@@ -27,14 +27,22 @@ def test_equals_a_loop_over_positions(window):
                 torch.testing.assert_close(y[b, h, i], weights @ v[b, h // 2, seen])
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_the_mask_for_gpus_shows_what_the_dense_one_shows(window):
-    q, k, v = (torch.randn(2, 2, 150, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    segment_ids = (torch.arange(150) > 70).long().expand(2, -1).contiguous()
-    mask = _block_mask(segment_ids, window, 2, 150, "cpu")
-    torch.testing.assert_close(
-        flex_attention(q, k, v, block_mask=mask), causal_attention(q, k, v, segment_ids, window)
-    )
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 40, 200])
+@pytest.mark.parametrize("time", [100, 128, 700])
+def test_the_mask_for_gpus_shows_what_the_dense_one_shows(window, time):
+    q, k, v = (torch.randn(2, 2, time, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    ids = torch.stack([(torch.arange(time) > 70).long(), torch.arange(time) // 90])
+    for segment_ids in (ids, None):
+        mask = block_mask(segment_ids, window, time, q.device)
+        torch.testing.assert_close(
+            flex_attention(q, k, v, block_mask=mask), causal_attention(q, k, v, segment_ids, window)
+        )
+        # The blocks that a GPU visits are those with something to see.
+        whole = create_block_mask(
+            mask.mask_mod, 2 if segment_ids is not None else None, None, time, time, device="cpu"
+        )
+        assert torch.equal(mask.to_dense(), whole.to_dense())
 
 
 def test_rotation_depends_on_the_distance_alone():
