@@ -201,6 +201,13 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.equal(a, b)
 
 
+def test_a_mixer_that_does_not_draw_its_parameters_is_named():
+    decoder = build(mixer="identity")
+    decoder.blocks[1].mixer.gain = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(NotImplementedError, match="Identity must draw gain"):
+        decoder.initialize(0)
+
+
 def test_a_module_that_cannot_be_drawn_is_named():
     decoder = build()
     decoder.blocks[0].extra = torch.nn.ParameterList([torch.zeros(3)])

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import default_collate
 
 import train
 from lm import generate
+from lm.batches import Batches
 from lm.config import load_recipe
 from lm.module import LanguageModel
-from lm.training import build_decoder, count_steps, make_data
+from lm.run import lock_run
+from lm.training import build_decoder, count_steps, make_data, make_decoder
 
 ROOT = Path(__file__).parents[2]
 TINY = "tests/golden/tiny.yaml"
@@ -111,7 +114,7 @@ def test_tensorboard_holds_everything(finished):
     }
     assert expected <= scalars
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
-    assert sorted({event.step for event in events.Scalars("valid/loss")}) == [10, 20]
+    assert [event.step for event in events.Scalars("valid/loss")] == [10, 20]
     assert {"recipe/text_summary", "sample/text_summary"} <= set(events.Tags()["tensors"])
 
 
@@ -183,6 +186,84 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(tmp_path, optio
     assert steps == [str(i) for i in range(1, 21)], "steps that were repeated are logged once"
 
 
+def interrupt(monkeypatch, arguments, step):
+    """Trains until Ctrl-C arrives in the given step, the first being 0."""
+    original = LanguageModel.training_step
+
+    def stop(self, batch, batch_idx):
+        if self.trainer.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LanguageModel, "training_step", stop)
+        assert train.main(arguments) == 130
+
+
+def test_a_resumed_run_keeps_its_best_checkpoint_and_its_curves(tmp_path, options, monkeypatch):
+    # A learning rate that destroys what was learnt makes the second validation worse than the first.
+    arguments = [
+        TINY,
+        *options,
+        "optim.schedule=wsd",
+        "optim.final_lr_ratio=1",
+        "trainer.checkpoint_every=10",
+    ]
+    original = LanguageModel.on_validation_epoch_end
+
+    def worse(self):
+        if self.trainer.global_step == 20:
+            self.valid_metrics["valid"].nll += 1e6
+        original(self)
+
+    monkeypatch.setattr(LanguageModel, "on_validation_epoch_end", worse)
+    interrupt(monkeypatch, arguments, step=12)
+    assert train.main([*arguments, "resume=auto"]) == 0
+    (run,) = run_dirs(tmp_path)
+    assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 10
+    events = EventAccumulator(str(run)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
+    assert [event.step for event in events.Scalars("valid/loss")] == [10, 20]
+
+
+def test_the_recipe_of_a_resumed_run_repeats_it(tmp_path, options, monkeypatch):
+    interrupt(monkeypatch, [TINY, *options, "trainer.steps=12"], step=7)
+    assert train.main([TINY, *options, "trainer.steps=12", "resume=auto"]) == 0
+    (run,) = run_dirs(tmp_path)
+    assert train.main([str(run / "recipe.yaml")]) == 0
+    first, second = run_dirs(tmp_path)
+    assert metric(first, "train/loss") == metric(second, "train/loss")
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path, options, monkeypatch, capsys):
+    arguments = [TINY, *options, "trainer.steps=12"]
+    interrupt(monkeypatch, arguments, step=7)
+    (run,) = run_dirs(tmp_path)
+    with lock_run(run):
+        assert train.main([*arguments, f"resume={run}"]) == 2
+        assert "another process is training that run" in capsys.readouterr().err
+        assert train.main([*arguments, "resume=auto"]) == 0
+    assert len(run_dirs(tmp_path)) == 2
+
+
+def test_a_run_outlives_its_documents(tmp_path, options, capsys, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question\n" * 200)
+    arguments = [TINY, *options, f"data.files={text}", "trainer.steps=2"]
+    assert train.main(arguments) == 0
+    text.unlink()
+    assert generate.main([str(run_dirs(tmp_path)[0]), "--max-new-tokens", "3"]) == 0
+    # Nor does an old run whose documents have gone stand in the way of another.
+    assert train.main([TINY, *options, "trainer.steps=2", "resume=auto"]) == 0
+
+
+def test_resuming_with_another_optimiser_is_refused(tmp_path, options, capsys):
+    assert train.main([TINY, *options, "trainer.steps=2"]) == 0
+    run = run_dirs(tmp_path)[0]
+    assert train.main([TINY, *options, f"resume={run}", "trainer.steps=4", "optim.lr=1e-5"]) == 2
+    assert "optim.lr was 0.01 and is now 1e-05" in capsys.readouterr().err
+
+
 def test_auto_starts_anew_where_the_recipe_differs_or_the_run_is_finished(tmp_path, options, capsys):
     short = [*options, "trainer.steps=2"]
     assert train.main([TINY, *short]) == 0
@@ -208,7 +289,7 @@ def test_resuming_a_run_that_is_at_its_end_says_so(tmp_path, options, capsys):
 
 def test_resuming_with_other_documents_is_refused(tmp_path, options, capsys):
     text = tmp_path / "text.txt"
-    bpe = [f"data.files=[{text}]", "data.tokenizer=bpe", "data.vocab_size=280"]
+    bpe = [f"data.files=[{text}]"]
     text.write_text("to be or not to be, that is the question\n" * 200)
     assert train.main([TINY, *options, *bpe, "trainer.steps=2"]) == 0
     run = run_dirs(tmp_path)[0]
@@ -246,13 +327,56 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     assert not (run / "result.json").exists()
 
 
-def test_accumulated_micro_batches_give_the_step_of_one_batch(tmp_path, options):
-    # Rows with documents packed into them have different numbers of labels.
+@pytest.fixture
+def packed(tmp_path):
+    """Overrides for rows with documents packed into them, which have different numbers of labels."""
     documents = tmp_path / "documents.jsonl"
     text = (ROOT / "tests" / "golden" / "text.txt").read_text().split()
     pieces = [" ".join(text[i : i + 1 + i % 23]) for i in range(0, len(text), 12)]
     documents.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
-    extra = [f"data.files=[{documents}]", "data.column=text", "data.pack=true", "optim.grad_clip=0.5"]
+    return [f"data.files=[{documents}]", "data.column=text", "data.pack=true"]
+
+
+def first_batch(recipe):
+    data = make_data(recipe)
+    data.prepare()
+    rows = data.train_dataset()
+    indices = Batches(recipe.seed, len(rows), recipe.trainer.batch_size).batch(0)
+    return default_collate([rows[i] for i in indices]), data.vocab_size
+
+
+def test_training_keeps_packed_documents_apart(options, packed):
+    recipe = load_recipe(TINY, [*options, *packed])
+    batch, vocab_size = first_batch(recipe)
+    module = LanguageModel(recipe, make_decoder(recipe, vocab_size).double(), total_steps=1)
+    together = module.training_step(batch, 0)
+    apart = torch.zeros(())
+    for ids, labels, segments in zip(
+        *(batch[key] for key in ("input_ids", "labels", "segment_ids")), strict=True
+    ):
+        for segment in segments.unique():
+            here = segments == segment
+            apart = apart + module.decoder(ids[None, here], labels[None, here])[0].sum()
+    torch.testing.assert_close(together, apart, rtol=1e-9, atol=0, check_dtype=False)
+
+
+def test_the_first_step_has_the_gradient_of_the_mean_over_all_labels(tmp_path, options, packed):
+    changed = [*options, *packed, "trainer.steps=1", "trainer.batch_size=8"]
+    recipe = load_recipe(TINY, changed)
+    batch, vocab_size = first_batch(recipe)
+    decoder = make_decoder(recipe, vocab_size)
+    nll, _ = decoder(batch["input_ids"], batch["labels"], batch["segment_ids"])
+    (nll.sum() / (batch["labels"] >= 0).sum()).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in decoder.parameters() if p.grad is not None])
+    for layout in (["trainer.batch_size=8"], ["trainer.batch_size=2", "trainer.accumulate=4"]):
+        assert train.main([TINY, *changed, *layout]) == 0
+        assert metric(run_dirs(tmp_path)[-1], "train/gradient_norm")[1] == pytest.approx(
+            float(norm), rel=1e-5
+        )
+
+
+def test_accumulated_micro_batches_give_the_step_of_one_batch(tmp_path, options, packed):
+    extra = [*packed, "optim.grad_clip=0.5"]
     for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
         sizes = [f"trainer.batch_size={batch_size}", f"trainer.accumulate={accumulate}"]
         assert train.main([TINY, *options, *extra, *sizes]) == 0
