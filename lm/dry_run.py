@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -19,14 +20,20 @@ GIB = 2**30
 
 def dry_run(recipe: Recipe, console: Console) -> None:
     """Prints parameters by group, FLOPs per token, memory and the run folder. Touches no data, writes nothing."""
-    device = "cuda" if accelerator(recipe) == "gpu" else "cpu"
+    device, batch = "cpu", recipe.trainer.batch_size
+    if recipe.strategy.accelerator == "gpu" and not torch.cuda.is_available():
+        console.print("no GPU here: one row, uncompiled, on the CPU instead", highlight=False)
+        recipe = replace(recipe, trainer=replace(recipe.trainer, compile=False))
+        batch = 1
+    elif accelerator(recipe) == "gpu":
+        device = "cuda"
     data = make_data(recipe)
     decoder = make_decoder(recipe, data.vocab_size).to(device)
     low = recipe.trainer.precision != "32"
     if recipe.trainer.precision == "bf16-true":
         to_bf16(decoder)
     build_optimizer(decoder, recipe.optim)
-    batch, seq_len = recipe.trainer.batch_size, data.seq_len
+    seq_len = data.seq_len
 
     ids = torch.randint(
         data.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(recipe.seed)
@@ -55,10 +62,10 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     rows = {
         "loss of random tokens": f"{nll.mean().item():.3f} nats (uniform: {math.log(data.vocab_size):.3f})",
         "FLOPs per token": f"forward {_si(forward)}, training {_si(3 * forward)}",
-        "one step": f"{batch} x {recipe.trainer.accumulate} rows of {seq_len} tokens, "
-        f"{_si(3 * forward * batch * recipe.trainer.accumulate * seq_len)} FLOPs",
+        "one step": f"{recipe.trainer.batch_size} x {recipe.trainer.accumulate} rows of {seq_len} tokens, "
+        f"{_si(3 * forward * recipe.trainer.batch_size * recipe.trainer.accumulate * seq_len)} FLOPs",
         "memory": f"weights {_gib(weights)}, gradients {_gib(weights)}, optimiser {_gib(2 * weights)}, "
-        f"kept for the backward pass {_gib(kept.bytes)}",
+        f"kept for the backward pass of {batch} rows {_gib(kept.bytes)}",
         "outputs would go to": str(new_run_dir(recipe)),
     }
     if device == "cuda":

@@ -438,7 +438,7 @@ def test_every_recipe_builds_on_the_meta_device(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_dry_runs_at_reduced_size(path, capsys, tmp_path):
     reduced = ["model.d_model=64", "model.n_layers=2", "data.seq_len=32", "data.vocab_size=300"]
-    reduced += ["trainer.batch_size=2", "strategy.accelerator=cpu", "trainer.compile=false"]
+    reduced += ["trainer.batch_size=2"]
     assert train.main([str(path), "--dry-run", *reduced, f"logging.dir={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     for wanted in ("embedding", "mixer", "MLP", "head", "FLOPs per token", "memory", "outputs would go to"):
