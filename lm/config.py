@@ -98,11 +98,15 @@ class TrainerConfig:
         metadata={"help": "optimiser steps to train; give exactly one of steps, epochs, tokens", "min": 1},
     )
     epochs: float | None = field(
-        default=None, metadata={"help": "passes over the training split", "above": 0}
+        default=None, metadata={"help": "passes over the training split", "above": 0, "below": 1e9}
     )
     tokens: float | None = field(
         default=None,
-        metadata={"help": "input positions to train on, over all devices (1e9 is allowed)", "above": 0},
+        metadata={
+            "help": "input positions to train on, over all devices (1e9 is allowed)",
+            "above": 0,
+            "below": 1e18,
+        },
     )
     batch_size: int = field(default=16, metadata={"help": "rows per device and micro-batch", "min": 1})
     accumulate: int = field(default=1, metadata={"help": "micro-batches per optimiser step", "min": 1})
@@ -476,7 +480,7 @@ def _convert(value: Any, kind: Any) -> Any:
         items = [_convert(item, arm) for item, arm in zip(value, args, strict=True)]
         return MISSING if MISSING in items else tuple(items)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value) if math.isfinite(value) else MISSING
+        return MISSING if math.isnan(value) else float(value)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     return value if kind in (str, bool) and isinstance(value, kind) else MISSING

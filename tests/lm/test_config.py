@@ -136,7 +136,7 @@ BAD = {
     "broken value": (["model.mixer={name: sessa"], "model.mixer={name: sessa", "not valid YAML"),
     "missing plug-in": (["plugins=[no_such_module]"], "plugins", "'no_such_module'; it must be installed"),
     "missing interpolation": (["optim.lr=${optim.nothing}"], "optim.nothing", "good.yaml"),
-    "tokens without end": (["trainer.tokens=.inf"], "trainer.tokens = inf", "expected a number"),
+    "tokens without end": (["trainer.tokens=.inf"], "trainer.tokens = inf", "below 1e+18"),
     "seed too large": (["seed=4294967296"], "seed = 4294967296", "at most 2147483647"),
     "zero for a section": (["optim=0"], "optim = 0", "expected a mapping"),
     "accelerator that is none": (
