@@ -60,7 +60,8 @@ def scan(
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `selective_scan_reference`, with memory for states linear in T / chunk. Differentiable once."""
-    chunk = 64 if triton else chunked.chunk_length(*A.shape, x.device)
+    D, N = A.shape
+    chunk = _passes(triton).chunk_length(D, N, x.device)
     # A row of A for every sequence: what vmap folds into the batch may then hold different A.
     A = A.to(accumulate).expand(x.shape[0], *A.shape)  # (B, D, N)
     y, state, _ = _Scan.apply(x, dt, A, B_in, C_out, initial_state.to(accumulate), resets, chunk, triton)
