@@ -92,10 +92,9 @@ def test_packed_segments_equal_the_documents_apart(backend):
     packed, state = selective_scan(
         x, dt, A, B_in, C_out, D_skip, segment_ids=ids, return_state=True, backend=backend
     )
-    apart = [
-        selective_scan(*pieces[:2], A, *pieces[2:], D_skip, return_state=True, backend=backend)
-        for pieces in zip(*(y.split([7, 1, 12], dim=1) for y in (x, dt, B_in, C_out)), strict=True)
-    ]
+    apart = []
+    for x_, dt_, B_, C_ in zip(*(y.split([7, 1, 12], dim=1) for y in (x, dt, B_in, C_out)), strict=True):
+        apart.append(selective_scan(x_, dt_, A, B_, C_, D_skip, return_state=True, backend=backend))
     torch.testing.assert_close(packed, torch.cat([y for y, _ in apart], dim=1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(state, apart[-1][1], rtol=1e-12, atol=1e-12)
 
@@ -222,8 +221,10 @@ def test_compiles_without_a_graph_break(packed):
     compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
     for T in (20, 33):
         leaves = [y.requires_grad_() for y in make_inputs(T=T)]
-        options = {"initial_state": leaves[6], "segment_ids": segments(T) if packed else None}
-        y, expected = (f(*leaves[:6], **options) for f in (compiled, selective_scan))
+        ids = segments(T) if packed else None
+        y, expected = (
+            f(*leaves[:6], initial_state=leaves[6], segment_ids=ids) for f in (compiled, selective_scan)
+        )
         torch.testing.assert_close(y, expected)
         assert_all_close(
             torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), 1e-12
@@ -236,8 +237,8 @@ def test_operators_are_registered_correctly():
     args = (x, dt, rates, B_in, C_out, h, resets, 16, False)
     torch.library.opcheck(torch.ops.mixerlab.selective_scan_forward.default, args)
     y, state, boundaries = torch.ops.mixerlab.selective_scan_forward(*args)
-    args = (y, state, x, dt, rates, B_in, C_out, boundaries, resets, 16, False)
-    torch.library.opcheck(torch.ops.mixerlab.selective_scan_backward.default, args)
+    backward_args = (y, state, x, dt, rates, B_in, C_out, boundaries, resets, 16, False)
+    torch.library.opcheck(torch.ops.mixerlab.selective_scan_backward.default, backward_args)
 
 
 def test_takes_views_and_inputs_without_gradient():

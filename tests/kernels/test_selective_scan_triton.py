@@ -17,8 +17,9 @@ from kernels.selective_scan import selective_scan
 ROOT = Path(__file__).parents[2]
 
 
-def worst_difference(B, T, D, N, dtype, backend, device="cpu", packed=True) -> float:
+def worst_difference(shape, dtype, backend, device="cpu", packed=True) -> float:
     """Largest relative difference to the float64 recurrence, over outputs, last state and all gradients."""
+    B, T, D, N = shape
     torch.manual_seed(0)
     x, dt = torch.randn(B, T, D), torch.rand(B, T, D) / 2
     A, D_skip = -torch.rand(D, N) * 3 - 0.1, torch.randn(D)
@@ -59,7 +60,7 @@ def interpreted() -> None:
     for packed in (False, True):
         for shape in ((1, 1, 3, 4), (2, 2, 17, 5), (2, 11, 20, 4)):
             for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 2e-3)):
-                difference = worst_difference(*shape, dtype, "triton", packed=packed)
+                difference = worst_difference(shape, dtype, "triton", packed=packed)
                 assert difference < tolerance, f"{shape}, {dtype}, packed: {packed}: {difference:.3g}"
 
 
@@ -76,7 +77,7 @@ def test_equals_the_recurrence_with_all_gradients_in_the_interpreter():
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 @pytest.mark.parametrize("shape", [(2, 1, 48, 16), (2, 333, 48, 16), (1, 200, 40, 128)])
 def test_equals_the_recurrence_with_all_gradients_on_a_gpu(shape, backend, dtype, tolerance, packed):
-    assert worst_difference(*shape, dtype, backend, "cuda", packed) < tolerance
+    assert worst_difference(shape, dtype, backend, "cuda", packed) < tolerance
 
 
 @pytest.mark.slow

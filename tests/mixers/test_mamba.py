@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from lm.decoder import no_decay_parameters
+from lm.decoder import Decoder, no_decay_parameters
 from mixers import build_mixer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba_mixer.safetensors"
@@ -53,11 +53,21 @@ def test_initialisation_is_that_of_the_paper():
     bound = mixer.dt_rank**-0.5
     assert mixer.dt_proj.weight.abs().max() <= bound
     torch.testing.assert_close(mixer.dt_proj.weight.std(), torch.tensor(bound / 3**0.5), rtol=0.05, atol=0)
-    log_dt = F.softplus(mixer.dt_proj.bias).log10()  # uniform in [-3, -1]
+    log_dt = F.softplus(mixer.dt_proj.bias.detach()).log10()  # uniform in [-3, -1]
     assert log_dt.min() > -3.001
     assert log_dt.max() < -0.999
     torch.testing.assert_close(log_dt.mean(), torch.tensor(-2.0), rtol=0, atol=0.1)
     torch.testing.assert_close(log_dt.std(), torch.tensor(2 / 12**0.5), rtol=0.1, atol=0)
+
+
+def test_a_decoder_leaves_steps_to_the_mixer():
+    """It draws linear maps anew, the step projection among them, and zeroes their biases."""
+    decoder = Decoder(11, d_model=32, n_layers=1, mixer="mamba")
+    decoder.initialize(0)
+    mixer = decoder.layers[0].mixer
+    steps = F.softplus(mixer.dt_proj.bias.detach())
+    assert 0.00099 < steps.min() < steps.max() < 0.101
+    assert mixer.dt_proj.weight.std() > 0.3  # uniform within 2 ** -0.5; init_std would be 0.02
 
 
 def test_weight_decay_spares_rates_steps_and_skips():
