@@ -24,9 +24,10 @@ def chunk_length(D: int, N: int, device: torch.device) -> int:
 
 
 def launch_options(N: int) -> dict[str, int]:
-    """Padded state size, and warps enough that no thread holds more than 8 states."""
+    """The tile of a program, and warps enough that its states leave registers free: 4 or 8 of them per thread."""
     BN = triton.next_power_of_2(N)
-    return {"BD": BLOCK_D, "BN": BN, "num_warps": min(max(BLOCK_D * BN // 256, 1), 16)}
+    elements = BLOCK_D * BN
+    return {"BD": BLOCK_D, "BN": BN, "num_warps": 1 if elements <= 256 else min(elements // 128, 16)}
 
 
 def scan_forward(

@@ -83,7 +83,7 @@ def test_equals_the_recurrence_with_all_gradients_on_a_gpu(shape, backend, dtype
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
-@pytest.mark.parametrize("N", [16, 128])
+@pytest.mark.parametrize("N", [16, 64, 128])
 @pytest.mark.parametrize("low", ["fp32", "bf16"])
 def test_compiles_ahead_of_time_without_spills(name, N, low, architecture, tmp_path):
     triton = pytest.importorskip("triton")
