@@ -11,8 +11,23 @@ VARIANTS: dict[str, dict] = {
     "attention, grouped, normed": {"name": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
     "attention, window": {"name": "attention", "n_heads": 2, "window": 4, "bias": True},
     "attention, no positions": {"name": "attention", "n_heads": 4, "n_kv_heads": 1, "rope": False},
+    "mamba, options": {
+        "name": "mamba",
+        "d_state": 5,
+        "expand": 3,
+        "d_conv": 2,
+        "conv_bias": False,
+        "bias": True,
+    },
     "sessa, many heads": {"name": "sessa", "n_heads": 4, "n_kv_heads": 2, "n_feedback_heads": 2},
     "sessa, reference": {"name": "sessa", "backend": "reference"},
+    "mamba2, grouped": {
+        "name": "mamba2",
+        "head_width": 4,
+        "n_groups": 2,
+        "dt_limit": (0.01, 0.9),
+        "bias": True,
+    },
     "sessa, no feedback": {"name": "sessa", "feedback": False},
 }
 

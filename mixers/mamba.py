@@ -1,0 +1,166 @@
+"""Mamba (S6): a gated, selective state-space model (Gu & Dao, arXiv 2312.00752).
+
+Letters: B batch, T time, D model width, E inner width (expand * D), N state size per channel, R width of the step
+projection, W kernel width of the convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.selective_scan import selective_scan
+from mixers.mixer import Mixer, State, check_room
+from mixers.registry import register_mixer
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+
+
+@dataclass
+class MambaConfig:
+    d_state: int = field(default=16, metadata={"help": "state size per channel", "min": 1})
+    expand: int = field(default=2, metadata={"help": "inner width as a multiple of the model's", "min": 1})
+    d_conv: int = field(default=4, metadata={"help": "positions that the convolution sees", "min": 1})
+    dt_rank: int | None = field(
+        default=None,
+        metadata={"help": "rank of the step projection; null: d_model / 16 rounded up", "min": 1},
+    )
+    conv_bias: bool = field(default=True, metadata={"help": "bias on the convolution"})
+    bias: bool = field(default=False, metadata={"help": "biases on the input and output projections"})
+    backend: Literal["auto", "triton", "chunked", "reference"] = field(
+        default="auto", metadata={"help": "implementation of the selective scan"}
+    )
+
+
+@dataclass
+class MambaState(State):
+    conv: Tensor  # (B, W - 1, E), the last inputs of the convolution, 0 before the first position
+    ssm: Tensor  # (B, E, N), at least float32
+    max_len: int
+
+
+@register_mixer("mamba", MambaConfig)
+class Mamba(Mixer):
+    """out_proj(scan(silu(conv(x'))) * silu(z)) with x', z = in_proj(x); steps, B and C depend on the input.
+
+    Parameter names and layouts are those of `mamba_ssm` and of transformers' MambaMixer.
+    """
+
+    supports_segments = True
+    no_decay = ("A_log", "D")  # dt_proj.bias is spared as every bias is
+    output_projection = "out_proj"
+
+    def __init__(self, config: MambaConfig, d_model: int, layer_index: int = 0, n_layers: int = 1):
+        super().__init__()
+        self.config = config
+        self.inner = config.expand * d_model
+        self.dt_rank = math.ceil(d_model / 16) if config.dt_rank is None else config.dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * self.inner, bias=config.bias)  # x', z
+        self.conv1d = nn.Conv1d(
+            self.inner, self.inner, config.d_conv, groups=self.inner, bias=config.conv_bias
+        )
+        self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * config.d_state, bias=False)  # dt, B, C
+        self.dt_proj = nn.Linear(self.dt_rank, self.inner)
+        self.A_log = nn.Parameter(torch.empty(self.inner, config.d_state))
+        self.D = nn.Parameter(torch.empty(self.inner))
+        self.out_proj = nn.Linear(self.inner, d_model, bias=config.bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A = -1 .. -N, D = 1, and steps log-uniform in [1e-3, 0.1] where the input is 0, as in section 3.6."""
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, self.config.d_state + 1, dtype=torch.float32).log())  # (E, N)
+            self.D.fill_(1.0)
+            # Drawn on the CPU, so that the values are the same on every device.
+            weight = torch.empty(self.dt_proj.weight.shape).uniform_(-1, 1)
+            self.dt_proj.weight.copy_(weight * self.dt_rank**-0.5)
+            log_dt = torch.empty(self.inner).uniform_(math.log(DT_MIN), math.log(DT_MAX))
+            dt = log_dt.exp().clamp_min(DT_FLOOR)
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def _conv(self, x: Tensor, tail: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """Causal depthwise convolution of x (B, T, E), behind tail (B, W - 1, E) -> (B, T, E), with SiLU."""
+        width, time = self.config.d_conv, x.shape[1]
+        padded = torch.cat((tail, x), dim=1)  # (B, W - 1 + T, E)
+        if segment_ids is None:
+            y = self.conv1d(padded.transpose(1, 2)).transpose(1, 2)  # (B, T, E)
+        else:
+            # One tap after another, each without what lies in an earlier segment.
+            ids = F.pad(segment_ids, (width - 1, 0), value=-1)  # (B, W - 1 + T); a tail of zeros adds nothing
+            y = padded.new_zeros(()) if self.conv1d.bias is None else self.conv1d.bias
+            for tap in range(width):
+                same = (ids[:, tap : tap + time] == segment_ids)[..., None]  # (B, T, 1)
+                y = y + padded[:, tap : tap + time] * same * self.conv1d.weight[:, 0, tap]  # (B, T, E)
+            y = y.to(x.dtype)
+        return F.silu(y)
+
+    def _mix(
+        self, x: Tensor, tail: Tensor, ssm: Tensor | None, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) behind tail (B, W - 1, E) and ssm (B, E, N) -> output (B, T, D), new tail and ssm."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
+        tail = tail.to(x.dtype)
+        new_tail = torch.cat((tail, x), dim=1)[:, x.shape[1] :]  # (B, W - 1, E)
+        x = self._conv(x, tail, segment_ids)  # (B, T, E)
+        sizes = [self.dt_rank, self.config.d_state, self.config.d_state]
+        dt, B_in, C_out = self.x_proj(x).split(sizes, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
+        # Steps and decays at least in float32, whatever autocast says: a slow decay rounds to 1 in bf16.
+        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        dt = F.linear(dt, self.dt_proj.weight)  # (B, T, E)
+        with torch.autocast(x.device.type, enabled=False):
+            dt = F.softplus(dt.to(dtype) + self.dt_proj.bias.to(dtype))
+            A = -self.A_log.to(dtype).exp()  # (E, N)
+        y, ssm = selective_scan(
+            x,
+            dt,
+            A,
+            B_in,
+            C_out,
+            self.D,
+            initial_state=ssm,
+            segment_ids=segment_ids,
+            return_state=True,
+            backend=self.config.backend,
+        )  # (B, T, E), (B, E, N)
+        return self.out_proj(y * F.silu(z)), new_tail, ssm
+
+    def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        tail = x.new_zeros(x.shape[0], self.config.d_conv - 1, self.inner)  # (B, W - 1, E)
+        return self._mix(x, tail, None, segment_ids)[0]
+
+    def init_state(self, batch_size, max_len, device=None, dtype=None) -> MambaState:
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        config = self.config
+        return MambaState(
+            length=torch.zeros(batch_size, dtype=torch.int64, device=device),
+            conv=torch.zeros(batch_size, config.d_conv - 1, self.inner, device=device, dtype=dtype),
+            # In bf16 the sum over a long past would stop growing.
+            ssm=torch.zeros(
+                batch_size, self.inner, config.d_state, device=device, dtype=_at_least_float32(dtype)
+            ),
+            max_len=max_len,
+        )
+
+    def extend(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        check_room(state.length, x.shape[1], state.max_len)
+        y, conv, ssm = self._mix(x, state.conv, state.ssm)
+        conv, ssm = conv.to(state.conv.dtype), ssm.to(state.ssm.dtype)
+        return y, MambaState(state.length + x.shape[1], conv, ssm, state.max_len)
+
+    def flops(self, seq_len: int) -> int:
+        # The scan is element-wise work; a depthwise convolution is W products per position and channel.
+        linear = sum(p.weight.numel() for p in self.children() if isinstance(p, (nn.Linear, nn.Conv1d)))
+        return 2 * seq_len * linear
+
+    def state_bytes(self, seq_len: int, dtype: torch.dtype) -> int:
+        conv = (self.config.d_conv - 1) * dtype.itemsize
+        return self.inner * (conv + self.config.d_state * _at_least_float32(dtype).itemsize)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
