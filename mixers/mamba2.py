@@ -50,11 +50,11 @@ class Mamba2Config:
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
         inner, width = self.expand * d_model, self.width(d_model)
         if inner % width:
-            yield "head_width", f"which must divide expand * model.d_model = {inner}"
+            yield "head_width", f"it must divide expand * model.d_model = {inner}"
         elif (inner // width) % self.n_groups:
-            yield "n_groups", f"which must divide the number of heads, {inner} / {width} = {inner // width}"
+            yield "n_groups", f"it must divide the number of heads, {inner} / {width} = {inner // width}"
         if not 0 <= self.dt_limit[0] < self.dt_limit[1]:
-            yield "dt_limit", "which must be two numbers, 0 <= the first < the second"
+            yield "dt_limit", "it must be two numbers, 0 <= the first < the second"
 
 
 @dataclass

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from lm.decoder import no_decay_parameters
 from mixers import build_mixer
+from mixers.mamba2 import Mamba2
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba2_mixer.safetensors"
 
@@ -75,6 +76,7 @@ def test_starts_as_the_original():
 
 def test_reset_draws_anew_and_the_seed_decides():
     mixer = build_mixer("mamba2", 64)
+    assert isinstance(mixer, Mamba2)
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -94,9 +96,9 @@ def test_a_head_is_as_wide_as_a_power_of_two_up_to_64_can_be(d_model, width):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_width": 24}, r"head_width = 24, which must divide expand \* model.d_model = 64"),
-        ({"head_width": 16, "n_groups": 3}, r"n_groups = 3, which must divide .* 64 / 16 = 4"),
-        ({"dt_limit": (0.1, 0.01)}, r"dt_limit = \(0.1, 0.01\), which must be two numbers"),
+        ({"head_width": 24}, r"head_width = 24: it must divide expand \* model.d_model = 64"),
+        ({"head_width": 16, "n_groups": 3}, r"n_groups = 3: it must divide .* 64 / 16 = 4"),
+        ({"dt_limit": (0.1, 0.01)}, r"dt_limit = \(0.1, 0.01\): it must be two numbers"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, message):
@@ -127,6 +129,7 @@ def test_the_norm_is_per_group_and_gated():
 @pytest.mark.parametrize("conv_bias", [False, True])
 def test_the_convolution_is_that_of_conv1d(conv_bias):
     mixer = build_mixer({"name": "mamba2", "d_conv": 3, "conv_bias": conv_bias}, 16).double()
+    assert isinstance(mixer, Mamba2)
     x = torch.randn(2, 11, mixer.channels, dtype=torch.float64)
     tail = torch.randn(2, 2, mixer.channels, dtype=torch.float64)
     expected = F.silu(mixer.conv1d(torch.cat((tail, x), dim=1).mT).mT)
