@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
 import torch._dynamo
 
@@ -21,3 +24,16 @@ def parallelize(decoder: Decoder, config: TrainerConfig) -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * kinds)
         for block in decoder.blocks:
             block.compile()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next tensor; for training on a CPU.
+
+    By default it gives tensors of 32 MiB and more back to the kernel at once, which then clears every page of the
+    next one: with rows of 16384 positions that takes longer than the arithmetic (docs/benchmarks.md). Does
+    nothing where there is no glibc.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 2**30)
+        mallopt(m_trim_threshold, 2**31 - 1)

@@ -34,7 +34,7 @@ from lm.callbacks import (
 from lm.config import ConfigError, Recipe, differing_keys, to_dict, to_yaml
 from lm.decoder import Decoder
 from lm.module import LanguageModel
-from lm.parallel import parallelize
+from lm.parallel import keep_freed_memory, parallelize
 from lm.precision import BF16Weights
 from lm.run import (
     BEST,
@@ -100,6 +100,8 @@ def train(recipe: Recipe, console: Console) -> Result:
     """
     quiet_libraries()
     kind = accelerator(recipe)
+    if kind == "cpu":
+        keep_freed_memory()
     resumed = find_resumable(recipe)
     if resumed is None and recipe.resume == "auto":
         console.print(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.selective_scan import selective_scan
+from mixers.convolution import causal_conv
 from mixers.mixer import Mixer, State, check_room
 from mixers.registry import register_mixer
 
@@ -83,30 +84,14 @@ class Mamba(Mixer):
             dt = log_dt.exp().clamp_min(DT_FLOOR)
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-    def _conv(self, x: Tensor, tail: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        """Causal depthwise convolution of x (B, T, E), behind tail (B, W - 1, E) -> (B, T, E), with SiLU."""
-        width, time = self.config.d_conv, x.shape[1]
-        padded = torch.cat((tail, x), dim=1)  # (B, W - 1 + T, E)
-        if segment_ids is None:
-            y = self.conv1d(padded.transpose(1, 2)).transpose(1, 2)  # (B, T, E)
-        else:
-            # One tap after another, each without what lies in an earlier segment.
-            ids = F.pad(segment_ids, (width - 1, 0), value=-1)  # (B, W - 1 + T); a tail of zeros adds nothing
-            y = padded.new_zeros(()) if self.conv1d.bias is None else self.conv1d.bias
-            for tap in range(width):
-                same = (ids[:, tap : tap + time] == segment_ids)[..., None]  # (B, T, 1)
-                y = y + padded[:, tap : tap + time] * same * self.conv1d.weight[:, 0, tap]  # (B, T, E)
-            y = y.to(x.dtype)
-        return F.silu(y)
-
     def _mix(
         self, x: Tensor, tail: Tensor, ssm: Tensor | None, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) behind tail (B, W - 1, E) and ssm (B, E, N) -> output (B, T, D), new tail and ssm."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
-        tail = tail.to(x.dtype)
-        new_tail = torch.cat((tail, x), dim=1)[:, x.shape[1] :]  # (B, W - 1, E)
-        x = self._conv(x, tail, segment_ids)  # (B, T, E)
+        padded = torch.cat((tail.to(x.dtype), x), dim=1)  # (B, W - 1 + T, E)
+        new_tail = padded[:, x.shape[1] :]  # (B, W - 1, E)
+        x = F.silu(causal_conv(padded, self.conv1d, segment_ids)).to(x.dtype)  # (B, T, E)
         sizes = [self.dt_rank, self.config.d_state, self.config.d_state]
         dt, B_in, C_out = self.x_proj(x).split(sizes, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
         # Steps and decays at least in float32, whatever autocast says: a slow decay rounds to 1 in bf16.
@@ -153,8 +138,8 @@ class Mamba(Mixer):
         return y, MambaState(state.length + x.shape[1], conv, ssm, state.max_len)
 
     def flops(self, seq_len: int) -> int:
-        # The scan is element-wise work; a depthwise convolution is W products per position and channel.
-        linear = sum(p.weight.numel() for p in self.children() if isinstance(p, (nn.Linear, nn.Conv1d)))
+        # The scan and the depthwise convolution are element-wise work.
+        linear = sum(p.weight.numel() for p in self.children() if isinstance(p, nn.Linear))
         return 2 * seq_len * linear
 
     def state_bytes(self, seq_len: int, dtype: torch.dtype) -> int:

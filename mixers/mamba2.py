@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.ssd import ssd
+from mixers.convolution import causal_conv
 from mixers.mixer import Mixer, State, check_room
 from mixers.registry import register_mixer
 
@@ -118,33 +119,14 @@ class Mamba2(Mixer):
             self.A_log.copy_(torch.empty(self.n_heads).uniform_(A_MIN, A_MAX).log())
             self.D.fill_(1.0)
 
-    def _conv(self, x: Tensor, tail: Tensor, segment_ids: Tensor | None) -> Tensor:
-        """Causal depthwise convolution of x (B, T, X), behind tail (B, W - 1, X) -> (B, T, X), with SiLU.
-
-        One tap after another: no slower than conv1d, which wants time last, and taps can be cut at segments.
-        """
-        width, time = self.config.d_conv, x.shape[1]
-        padded = torch.cat((tail, x), dim=1)  # (B, W - 1 + T, X)
-        taps = self.conv1d.weight[:, 0].T.contiguous()  # (W, X)
-        y = x.new_zeros(()) if self.conv1d.bias is None else self.conv1d.bias
-        for tap in range(width):
-            seen = padded[:, tap : tap + time]  # (B, T, X)
-            lag = width - 1 - tap
-            if segment_ids is not None and lag:
-                # The first positions look into the tail, which is zeros before a packed row.
-                same = F.pad(segment_ids, (lag, 0))[:, :time] == segment_ids  # (B, T)
-                seen = seen * same[..., None]
-            y = y + seen * taps[tap]
-        return F.silu(y).to(x.dtype)
-
     def _mix(
         self, x: Tensor, tail: Tensor, ssm: Tensor | None, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) behind tail (B, W - 1, X) and ssm (B, H, P, N) -> output (B, T, D), new tail and ssm."""
         z, x, dt = self.in_proj(x).split((self.inner, self.channels, self.n_heads), dim=-1)  # E, X and H wide
-        tail = tail.to(x.dtype)
-        new_tail = torch.cat((tail, x), dim=1)[:, x.shape[1] :]  # (B, W - 1, X)
-        x = self._conv(x, tail, segment_ids)  # (B, T, X)
+        padded = torch.cat((tail.to(x.dtype), x), dim=1)  # (B, W - 1 + T, X)
+        new_tail = padded[:, x.shape[1] :]  # (B, W - 1, X)
+        x = F.silu(causal_conv(padded, self.conv1d, segment_ids)).to(x.dtype)  # (B, T, X)
         shared = self.config.n_groups * self.config.d_state
         x, B_in, C_out = x.split((self.inner, shared, shared), dim=-1)  # (B, T, E), (B, T, G * N) twice
         # Steps and decays at least in float32: a slow decay rounds to 1 in bf16.

@@ -99,7 +99,7 @@ def ssd(
         else:
             y, state = ssd_chunked(x, dt, A, B_in, C_out, initial_state, segment_ids, accumulate, chunk_size)
         if D_skip is not None:
-            y = (y + D_skip.to(accumulate)[:, None] * x).to(x.dtype)  # (B, T, H, P)
+            y = torch.addcmul(y.to(accumulate), x.to(accumulate), D_skip.to(accumulate)[:, None]).to(x.dtype)
     return (y, state) if return_state else y
 
 

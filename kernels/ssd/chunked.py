@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _CHUNK = 64
-_BRANCH = 16  # chunks that the scan over states puts together at a time
+_BRANCH = 32  # chunks that the scan over states puts together at a time
 
 
 def ssd_chunked(
@@ -98,12 +98,32 @@ def _decays(exponent: Tensor, ids: Tensor | None, accumulate: torch.dtype) -> Te
     Returns:
         (B, M, H, L, L), in `accumulate`.
     """
-    total = exponent.cumsum(-1)  # (B, M, H, L)
-    between = (total[..., :, None] - total[..., None, :]).to(accumulate)  # (B, M, H, L, L)
-    hidden = torch.ones(between.shape[-2:], dtype=torch.bool, device=between.device).triu(1)  # (L, L)
+    hidden = torch.ones(exponent.shape[-1:] * 2, dtype=torch.bool, device=exponent.device).triu(1)  # (L, L)
     if ids is not None:
         hidden = hidden | (ids[..., :, None] != ids[..., None, :])[:, :, None]  # (B, M, 1, L, L)
-    return between.masked_fill(hidden, float("-inf")).exp()
+    return _Decays.apply(exponent.cumsum(-1), hidden, accumulate)
+
+
+class _Decays(torch.autograd.Function):
+    """exp(total_i - total_j), 0 where `hidden`. What autograd would keep of it, in float64, takes longer than the
+    matrix products it is for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(total: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        between = (total[..., :, None] - total[..., None, :]).to(dtype)  # (B, M, H, L, L)
+        return between.masked_fill_(hidden, float("-inf")).exp_()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (decays,) = ctx.saved_tensors
+        flow = gradient * decays  # (B, M, H, L, L)
+        return (flow.sum(-1) - flow.sum(-2)).double(), None, None
 
 
 def _scan(exponent: Tensor, states: Tensor, ids: Tensor | None) -> Tensor:

@@ -126,16 +126,6 @@ def test_the_norm_is_per_group_and_gated():
     assert (mixer.norm(y, torch.zeros_like(z)) == 0).all()
 
 
-@pytest.mark.parametrize("conv_bias", [False, True])
-def test_the_convolution_is_that_of_conv1d(conv_bias):
-    mixer = build_mixer({"name": "mamba2", "d_conv": 3, "conv_bias": conv_bias}, 16).double()
-    assert isinstance(mixer, Mamba2)
-    x = torch.randn(2, 11, mixer.channels, dtype=torch.float64)
-    tail = torch.randn(2, 2, mixer.channels, dtype=torch.float64)
-    expected = F.silu(mixer.conv1d(torch.cat((tail, x), dim=1).mT).mT)
-    torch.testing.assert_close(mixer._conv(x, tail, None), expected)
-
-
 def test_the_ssm_state_stays_in_float32_under_bf16():
     mixer = build_mixer("mamba2", 32)
     state = mixer.init_state(2, 8, dtype=torch.bfloat16)
