@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,16 @@ class ConfigError(Exception):
 @dataclass
 class ModelConfig:
     d_model: int = field(default=256, metadata={"help": "width of the residual stream", "min": 1})
+    match_params: int | float | str | None = field(
+        default=None,
+        metadata={
+            "help": "parameters to have, such as 10M: solves for d_model, and mlp_width if that is null",
+            "above": 0,
+        },
+    )
+    match: str | None = field(
+        default=None, metadata={"help": "a recipe to have as many parameters as; solves for the width too"}
+    )
     n_layers: int = field(default=4, metadata={"help": "number of blocks", "min": 1})
     mixer: Any = field(
         default="sessa",
@@ -58,6 +69,23 @@ class ModelConfig:
     init_std: float = field(
         default=0.02, metadata={"help": "standard deviation of the initial weights", "above": 0}
     )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if isinstance(self.match_params, str) and not _BUDGET.fullmatch(self.match_params):
+            yield "match_params", "expected a number of parameters, such as 10M, 1.5B or 350000"
+        if self.match_params is not None and self.match is not None:
+            yield "match", "expected at most one of model.match and model.match_params"
+
+    def budget(self) -> float | None:
+        """`match_params` as a number."""
+        if not isinstance(self.match_params, str):
+            return self.match_params
+        found = _BUDGET.fullmatch(self.match_params)
+        assert found is not None
+        return float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[found[2].lower()]
+
+
+_BUDGET = re.compile(r"(?=.*[1-9])\s*(\d*\.?\d+)\s*([kmb]?)\s*", re.IGNORECASE)
 
 
 @dataclass
@@ -219,6 +247,19 @@ def load_recipe(
         recipe.name = path.stem
     if Path(recipe.name).name != recipe.name:
         raise ConfigError(f"name = {recipe.name!r}: expected the name of a folder, without slashes")
+    return _matched(recipe, path.parent)
+
+
+def _matched(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the widths that `model.match_params` or `model.match` asks for, and without these keys."""
+    from lm.match import count_parameters, match_width  # which builds decoders, from recipes
+
+    if (budget := recipe.model.budget()) is not None:
+        return match_width(recipe, budget, f"model.match_params = {recipe.model.match_params}")
+    if (other := recipe.model.match) is not None:
+        path = next((p for p in (Path(other), folder / other) if p.is_file()), Path(other))
+        budget = count_parameters(load_recipe(path, check_data=False))
+        return match_width(recipe, budget, f"model.match = {other} ({budget:,} parameters)")
     return recipe
 
 
@@ -358,9 +399,11 @@ def _import_plugins(plugins: Any) -> None:
 def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
     """Plain mappings -> Recipe, or ConfigError at the first thing that is wrong."""
     recipe = _check_dataclass(Recipe, raw, "")
+    _report_problems(recipe.model, "model")
     _report_problems(recipe.optim, "optim")
     _report_problems(recipe.trainer, "trainer")
-    recipe.model.mixer = _check_mixers(recipe.model.mixer, recipe.model.d_model)
+    open_width = recipe.model.match is not None or recipe.model.match_params is not None
+    recipe.model.mixer = check_mixers(recipe.model.mixer, None if open_width else recipe.model.d_model)
     recipe.data = _check_choice(recipe.data, "data", "data module", data_names(), data_config)
     if check_data:
         _report_problems(data_config(recipe.data["name"])(**recipe.data), "data")
@@ -373,7 +416,8 @@ def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
     return recipe
 
 
-def _check_mixers(value: Any, d_model: int) -> Any:
+def check_mixers(value: Any, d_model: int | None) -> Any:
+    """A value of `model.mixer`, with every option filled in. Without `d_model`, not whether they fit a width."""
     if isinstance(value, list):
         if not value:
             raise ConfigError(
@@ -383,10 +427,11 @@ def _check_mixers(value: Any, d_model: int) -> Any:
     return _check_mixer(value, "model.mixer", d_model)
 
 
-def _check_mixer(value: Any, path: str, d_model: int) -> dict[str, Any]:
+def _check_mixer(value: Any, path: str, d_model: int | None) -> dict[str, Any]:
     spec = _check_choice(value, path, "mixer", mixer_names(), mixer_config)
     options = {key: option for key, option in spec.items() if key != "name"}
-    _report_problems(mixer_config(spec["name"])(**options), path, d_model)
+    if d_model is not None:
+        _report_problems(mixer_config(spec["name"])(**options), path, d_model)
     return spec
 
 

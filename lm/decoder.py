@@ -287,7 +287,7 @@ class Decoder(nn.Module):
         return total
 
     def parameter_groups(self) -> dict[str, int]:
-        """Number of parameters by what they are for; the groups sum to all parameters."""
+        """Number of parameters by what they are for, all in all; "block": projections around mixers, and norms."""
         mixers = sum(p.numel() for block in self.layers for p in block.mixer.parameters())
         mlps = sum(p.numel() for name, p in self.blocks.named_parameters() if ".mlp." in name)
         blocks = sum(p.numel() for p in self.blocks.parameters())
@@ -295,16 +295,17 @@ class Decoder(nn.Module):
             "embedding": self.embedding.weight.numel(),
             "mixer": mixers,
             "MLP": mlps,
-            "block projections and norms": blocks
-            - mixers
-            - mlps
-            + sum(p.numel() for p in self.norm.parameters()),
+            "block": blocks - mixers - mlps + sum(p.numel() for p in self.norm.parameters()),
             "head": 0 if self.head is None else self.head.weight.numel(),
         }
 
 
+MLP_RATIO = {"swiglu": 8 / 3, "gelu": 4.0}
+"""Hidden width of an MLP by the model's: SwiGLU's three matrices have the parameters of two of 4 D."""
+
+
 def default_mlp_width(d_model: int, mlp: str) -> int:
-    """4 D, or 8/3 D rounded up to a multiple of 64 for the three matrices of SwiGLU: equal parameters."""
+    """4 D, or for SwiGLU 8/3 D rounded up to a multiple of 64."""
     return math.ceil(8 * d_model / 3 / 64) * 64 if mlp == "swiglu" else 4 * d_model
 
 

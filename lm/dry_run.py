@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lm.config import Recipe
+from lm.describe import si, size
 from lm.optim import build_optimizer
 from lm.precision import to_bf16
 from lm.run import new_run_dir
 from lm.training import accelerator, make_data, make_decoder
-
-GIB = 2**30
 
 
 def dry_run(recipe: Recipe, console: Console) -> None:
@@ -61,15 +60,15 @@ def dry_run(recipe: Recipe, console: Console) -> None:
     weights = sum(p.nbytes for p in decoder.parameters())
     rows = {
         "loss of random tokens": f"{nll.mean().item():.3f} nats (uniform: {math.log(data.vocab_size):.3f})",
-        "FLOPs per token": f"forward {_si(forward)}, training {_si(3 * forward)}",
+        "FLOPs per token": f"forward {si(forward)}, training {si(3 * forward)}",
         "one step": f"{recipe.trainer.batch_size} x {recipe.trainer.accumulate} rows of {seq_len} tokens, "
-        f"{_si(3 * forward * recipe.trainer.batch_size * recipe.trainer.accumulate * seq_len)} FLOPs",
-        "memory": f"weights {_gib(weights)}, gradients {_gib(weights)}, optimiser {_gib(2 * weights)}, "
-        f"kept for the backward pass of {batch} rows {_gib(kept.bytes)}",
+        f"{si(3 * forward * recipe.trainer.batch_size * recipe.trainer.accumulate * seq_len)} FLOPs",
+        "memory": f"weights {size(weights)}, gradients {size(weights)}, optimiser {size(2 * weights)}, "
+        f"kept for the backward pass of {batch} rows {size(kept.bytes)}",
         "outputs would go to": str(new_run_dir(recipe)),
     }
     if device == "cuda":
-        rows["peak on the GPU"] = _gib(torch.cuda.max_memory_allocated())
+        rows["peak on the GPU"] = size(torch.cuda.max_memory_allocated())
     for what, text in rows.items():
         console.print(f"[bold]{what}[/bold]: {text}", highlight=False, soft_wrap=True)
 
@@ -89,14 +88,3 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
             return tensor
 
         super().__init__(pack, lambda tensor: tensor)
-
-
-def _si(number: float) -> str:
-    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.3g}"
-
-
-def _gib(number: float) -> str:
-    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.1f} MiB"

@@ -200,7 +200,10 @@ def unreadable(checkpoint: Path, error: Exception) -> ConfigError:
 
 def build_decoder(recipe: Recipe, vocab_size: int) -> Decoder:
     """The recipe's decoder, not yet initialised."""
-    return Decoder(vocab_size, **vars(recipe.model))
+    options = {
+        key: value for key, value in vars(recipe.model).items() if key not in ("match", "match_params")
+    }
+    return Decoder(vocab_size, **options)
 
 
 def load_run_tokenizer(run: Path) -> TextTokenizer:

@@ -1,0 +1,87 @@
+"""Widths for a wanted number of parameters."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from lm.config import ConfigError, load_recipe
+from lm.match import count_parameters
+from mixers import mixer_names
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+
+
+def load(*overrides):
+    return load_recipe(QUICKSTART, overrides)
+
+
+@pytest.mark.parametrize("budget", [3e6, 1e7, 1.3e8])
+@pytest.mark.parametrize("block", ["gated", "transformer"])
+@pytest.mark.parametrize("mixer", [*mixer_names(), "[mamba2, sessa]"])
+def test_any_mixer_comes_within_a_percent_of_the_budget(mixer, block, budget):
+    recipe = load(f"model.mixer={mixer}", f"model.block={block}", f"model.match_params={budget}")
+    assert count_parameters(recipe) == pytest.approx(budget, rel=0.01)
+    assert recipe.model.match_params is None
+    if block == "transformer":
+        assert recipe.model.mlp_width is not None
+        assert recipe.model.mlp_width / recipe.model.d_model == pytest.approx(8 / 3, rel=0.13)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("10M", 1e7), ("10m", 1e7), ("1.5B", 1.5e9), ("2500k", 2.5e6), ("3000000", 3e6)]
+)
+def test_budgets_have_units(text, number):
+    recipe = load(f"model.match_params={text}", "model.mixer=mamba")
+    assert count_parameters(recipe) == pytest.approx(number, rel=0.01)
+
+
+def test_the_roundest_width_is_taken():
+    # 520 has 10.02M parameters, 519 and 521 (were they even) would be no further off.
+    assert load("model.match_params=10M").model.d_model % 8 == 0
+    assert load("model.match_params=130M").model.d_model % 16 == 0
+
+
+def test_given_heads_are_kept_and_what_is_missed_is_said(caplog):
+    with caplog.at_level(logging.INFO, logger="mixerlab.match"):
+        recipe = load("model.mixer={name: sessa, n_heads: 6}", "model.match_params=10M")
+    assert recipe.model.d_model % 12 == 0  # even heads, for the rotary positions
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert (
+        f"d_model = {recipe.model.d_model} gives {count_parameters(recipe):,} parameters, -1.27%"
+        in record.message
+    )
+
+
+def test_a_recipe_can_be_matched(caplog):
+    with caplog.at_level(logging.INFO, logger="mixerlab.match"):
+        recipe = load(f"model.match={QUICKSTART}", "model.mixer=attention")
+    assert count_parameters(recipe) == pytest.approx(count_parameters(load()), rel=0.01)
+    assert f"d_model = {recipe.model.d_model} gives" in caplog.text
+
+
+def test_a_recipe_beside_this_one_can_be_matched():
+    recipe = load("model.match=quickstart.yaml", "model.mixer=mamba")
+    assert count_parameters(recipe) == pytest.approx(count_parameters(load()), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.match_params=1000"], "model.match_params = 1000: d_model = 2 gives"),
+        (
+            ["model.match_params=ten"],
+            "model.match_params = 'ten': expected a number of parameters, such as 10M",
+        ),
+        (["model.match_params=-5"], "model.match_params = -5: expected above 0"),
+        (["model.match_params=0k"], "model.match_params = '0k': expected a number of parameters"),
+        (["model.match_params=1M", f"model.match={QUICKSTART}"], "expected at most one of model.match and"),
+        (["model.match=quickstar.yaml"], "recipe quickstar.yaml: no such file"),
+    ],
+)
+def test_what_cannot_be_matched_gets_one_clear_line(overrides, message):
+    with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
+        load(*overrides)
+    assert message in str(caught.value)
