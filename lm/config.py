@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.registry import data_config, data_names
-from mixers.registry import mixer_class, mixer_config, mixer_names, one_of
+from mixers.registry import PluginError, mixer_class, mixer_config, mixer_names, one_of
 
 
 class ConfigError(Exception):
@@ -455,7 +455,11 @@ def _check_choice(
     if name not in names:
         raise ConfigError(f"{path} = {_show(name)}: no such {kind}; {one_of(name, names)}")
     rest = {key: v for key, v in options.items() if key != "name"}
-    config = _check_dataclass(schema_of(name), rest, path)
+    try:
+        schema = schema_of(name)
+    except PluginError as error:
+        raise ConfigError(f"{path} = {_show(name)}: {error}") from error
+    config = _check_dataclass(schema, rest, path)
     return {"name": name, **_plain(config)}
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from data import data_config, data_names
 from lm.config import Recipe, describe
-from mixers import mixer_class, mixer_config, mixer_names
+from mixers import mixer_class, mixer_config, registered_names
 
 PATH = Path(__file__).parent.parent / "docs" / "recipes.md"
 
@@ -39,7 +39,7 @@ def recipes_markdown() -> str:
     for field, kind in sections:
         if is_dataclass(kind):
             parts.append(_section(f"`{field.name}`", f"{field.name}.", typing.cast(type, kind)))
-    for name in mixer_names():
+    for name in registered_names():
         about = _first_line(mixer_class(name))
         schema = mixer_config(name)
         parts.append(_section(f"Mixer `{name}`", "model.mixer.", schema, about=about))

@@ -5,11 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from mixers.mixer import Mixer
 
 MixerClass = TypeVar("MixerClass", bound=type[Mixer])
+
+
+class PluginError(ValueError):
+    """An installed package promises a mixer and does not deliver it."""
+
+
+ENTRY_POINTS = "mixerlab.mixers"
+"""The group in which an installed package names its mixers: name -> the module that registers it."""
 
 _REGISTRY: dict[str, tuple[type, type[Mixer]]] = {}
 
@@ -32,9 +41,14 @@ def register_mixer(name: str, config_class: type) -> Callable[[MixerClass], Mixe
     return register
 
 
-def mixer_names() -> list[str]:
-    """The names that `model.mixer` may have."""
+def registered_names() -> list[str]:
+    """The names of the mixers that have been imported: ours, and those of plug-ins in use."""
     return sorted(_REGISTRY)
+
+
+def mixer_names() -> list[str]:
+    """The names that `model.mixer` may have: registered, or installed and not yet imported."""
+    return sorted({*_REGISTRY, *entry_points(group=ENTRY_POINTS).names})
 
 
 def mixer_config(name: str) -> type:
@@ -49,8 +63,26 @@ def mixer_class(name: str) -> type[Mixer]:
 
 def _lookup(name: str) -> tuple[type, type[Mixer]]:
     if name not in _REGISTRY:
+        for entry_point in entry_points(group=ENTRY_POINTS, name=name):
+            _load(entry_point)
+    if name not in _REGISTRY:
         raise ValueError(f"unknown mixer {name!r}: {one_of(name, mixer_names())}")
     return _REGISTRY[name]
+
+
+def _load(entry_point: EntryPoint) -> None:
+    """Imports the module of an installed plug-in, which registers its mixer. Raises PluginError."""
+    package = entry_point.dist.name if entry_point.dist else "?"
+    where = f"mixer {entry_point.name!r} of the installed package {package!r}"
+    try:
+        entry_point.load()
+    except Exception as error:  # whatever a plug-in does, the message must name it
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise PluginError(
+            f"{where}: importing {entry_point.value!r} failed: {type(error).__name__}: {reason}"
+        ) from error
+    if entry_point.name not in _REGISTRY:
+        raise PluginError(f"{where}: {entry_point.value!r} registers no mixer of that name")
 
 
 def one_of(given: Any, valid: list[str]) -> str:
