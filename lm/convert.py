@@ -242,7 +242,7 @@ def read_weights(
     missing = [full for full, (ours, _) in shapes.items() if ours not in weights]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigError(f"{folder}: no tensor {missing[0]}{more} in the weights, but by config.json")
+        raise ConfigError(f"{folder}: no tensor {missing[0]}{more} in the weights, but config.json needs it")
     if spare_head is not None and not torch.equal(spare_head.float(), weights["embedding.weight"]):
         raise ConfigError(
             f"{folder}: lm_head.weight is not the embedding, but config.json ties them; expected "
@@ -270,7 +270,7 @@ def weight_files(folder: Path, config: Config) -> list[Path]:
     if index.is_file():
         parts = Config(index, _read_json(index)).section("weight_map").values.values()
         names = sorted({part if isinstance(part, str) else "" for part in parts})
-        if not names or any(Path(name).name != name for name in names):
+        if not names or not all(name and Path(name).name == name for name in names):
             raise ConfigError(f"{index}: weight_map must name the file, in this folder, of each tensor")
         for name in names:
             if not (folder / name).is_file():
