@@ -40,7 +40,7 @@ class Mamba2Config:
     norm_eps: float = field(default=1e-5, metadata={"help": "epsilon of the gated norm", "above": 0})
     conv_bias: bool = field(default=True, metadata={"help": "bias on the convolution"})
     bias: bool = field(default=False, metadata={"help": "biases on the input and output projections"})
-    backend: Literal["auto", "chunked", "reference"] = field(
+    backend: Literal["auto", "mamba_ssm", "chunked", "reference"] = field(
         default="auto", metadata={"help": "implementation of the SSD operator"}
     )
 

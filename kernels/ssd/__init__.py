@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.backend import choose
 from kernels.ssd.chunked import ssd_chunked
+from kernels.ssd.fused import ssd_fused, why_not_fused
 from kernels.ssd.reference import ssd_reference
 
 __all__ = ["ssd"]
@@ -77,8 +78,9 @@ def ssd(
             means zeros.
         segment_ids: (B, T) int64, non-decreasing in each row; nothing flows between segments.
         return_state: also return h after the last position.
-        backend: "auto", "chunked" or "reference". A single position takes one step of the recurrence in either.
-        chunk_size: positions per chunk of the chunked backend; None lets it decide.
+        backend: "auto", "mamba_ssm" (that package's kernels, on CUDA, outside of torch.compile and torch.func),
+            "chunked" or "reference". A single position takes one step of the recurrence in each.
+        chunk_size: positions per chunk of the backends that have chunks; None lets them decide.
 
     Returns:
         y (B, T, H, P) in x's dtype; with `return_state` also h (B, H, P, N), which belongs to the last
@@ -89,17 +91,28 @@ def ssd(
         ValueError: a shape, dtype or device does not fit, or the backend cannot take the input.
     """
     _check(x, dt, A, B_in, C_out, D_skip, initial_state, segment_ids, chunk_size)
-    name = choose("ssd", backend, {"chunked": lambda: None, "reference": lambda: None})
+    name = choose(
+        "ssd",
+        backend,
+        {
+            "mamba_ssm": lambda: why_not_fused(x, dt, A, B_in, C_out, chunk_size),
+            "chunked": lambda: None,
+            "reference": lambda: None,
+        },
+    )
     accumulate = torch.float32
     for operand in (x, dt, A, B_in, C_out):
         accumulate = torch.promote_types(accumulate, operand.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if name == "reference" or x.shape[1] == 1:
             y, state = ssd_reference(x, dt, A, B_in, C_out, initial_state, segment_ids, accumulate)
+        elif name == "mamba_ssm":
+            y, state = ssd_fused(x, dt, A, B_in, C_out, D_skip, initial_state, segment_ids, chunk_size)
+            D_skip = None  # its part is in y
         else:
             y, state = ssd_chunked(x, dt, A, B_in, C_out, initial_state, segment_ids, accumulate, chunk_size)
         if D_skip is not None:
-            y = torch.addcmul(y.to(accumulate), x.to(accumulate), D_skip.to(accumulate)[:, None]).to(x.dtype)
+            y = (y + D_skip.to(accumulate)[:, None] * x).to(x.dtype)  # (B, T, H, P)
     return (y, state) if return_state else y
 
 
