@@ -1,6 +1,6 @@
 """What the quickstart reaches with each mixer after the same steps, and what counting token pairs reaches.
 
-    python benchmarks/quickstart.py [--mixers sessa attention identity] [key=value ...]
+    python benchmarks/quickstart.py [key=value ...] [--mixers sessa '[mamba2, sessa]' ...]
 
 Trains the recipe once per mixer, nothing else changed. The bigram is counted on the training tokens and
 measured on the same validation positions; its smoothing is the best of a grid on the validation split itself,
@@ -10,11 +10,13 @@ which favours it.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data import Rows
@@ -61,13 +63,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mixers", nargs="+", default=["sessa", "attention", "identity"])
+    parser.add_argument(
+        "--mixers", nargs="+", default=["sessa", "attention", "identity"], help="as model.mixer= takes them"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     console = Console()
     rows: list[tuple[str, str, str]] = []
     for mixer in args.mixers:
-        recipe = load_recipe(RECIPE, [*args.overrides, f"model.mixer={mixer}", f"name=quickstart-{mixer}"])
+        name = re.sub(r"\W+", "-", f"quickstart-{mixer}").strip("-")
+        recipe = load_recipe(RECIPE, [*args.overrides, f"model.mixer={mixer}", f"name={name}"])
         began = time.perf_counter()
         result = train(recipe, console)
         seconds = time.perf_counter() - began
@@ -75,7 +80,7 @@ def main() -> None:
     rows.append(("(count bigram)", f"{bigram_bits_per_byte(load_recipe(RECIPE, args.overrides)):.3f}", ""))
     table = Table("mixer", "valid bits per byte", "time", title="quickstart, the same steps")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(escape(row[0]), *row[1:])
     console.print(table)
 
 
