@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from data import DataError
     from lm.config import ConfigError, load_recipe, to_yaml
 
-    console = Console()
+    console = Console(stderr=args.print_config)  # whose output is YAML and nothing else
     plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(format="%(message)s", handlers=[plain])
     logging.getLogger("mixerlab").setLevel(logging.INFO)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from lm import generate
+from lm import describe, generate
 from lm.config import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,12 @@ def test_the_generation_command_has_right_options(capsys):
     offered = capsys.readouterr().out
     for option in re.findall(r"--[\w-]+", command):
         assert option in offered
+
+
+@pytest.mark.parametrize("command", commands("python -m lm.describe"))
+def test_every_table_of_costs_is_a_right_one(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert describe.main(shlex.split(command)[3:]) == 0
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)", README))

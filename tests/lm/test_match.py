@@ -1,6 +1,8 @@
 """Widths for a wanted number of parameters."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,22 @@ def test_a_recipe_can_be_matched(caplog):
 def test_a_recipe_beside_this_one_can_be_matched():
     recipe = load("model.match=quickstart.yaml", "model.mixer=mamba")
     assert count_parameters(recipe) == pytest.approx(count_parameters(load()), rel=0.01)
+
+
+def test_the_printed_config_has_the_width_and_repeats_the_run(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        QUICKSTART,
+        "--print-config",
+        "model.match_params=1M",
+        "model.mixer=mamba",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "model.match_params = 1M: d_model = " in done.stderr
+    (tmp_path / "whole.yaml").write_text(done.stdout)
+    recipe = load_recipe(tmp_path / "whole.yaml")
+    assert recipe.model == load("model.match_params=1M", "model.mixer=mamba").model
 
 
 @pytest.mark.parametrize(
