@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.registry import data_config, data_names
-from mixers.registry import mixer_class, mixer_config, mixer_names, one_of
+from mixers.registry import mixer_config, mixer_fields, mixer_names, one_of, without_segments
 
 
 class ConfigError(Exception):
@@ -316,7 +316,7 @@ def _refuse_two_horizons(layers: list[dict[str, Any]]) -> None:
 
 def _merge(old: Any, new: Any, path: str = "") -> Any:
     """`new` laid over `old`. Another choice in a section, or another horizon, drops what belonged to the old."""
-    is_choice = path in ("data", "model.mixer")
+    is_choice = path == "data" or f"{path}.".startswith("model.mixer.")  # mixers inside mixers too
     if is_choice and isinstance(old, str) and isinstance(new, dict):
         old = {"name": old}
     if not isinstance(old, dict) or not isinstance(new, dict):
@@ -360,33 +360,34 @@ def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
     recipe = _check_dataclass(Recipe, raw, "")
     _report_problems(recipe.optim, "optim")
     _report_problems(recipe.trainer, "trainer")
-    recipe.model.mixer = _check_mixers(recipe.model.mixer, recipe.model.d_model)
+    recipe.model.mixer = _check_mixers(recipe.model.mixer, "model.mixer", recipe.model.d_model)
     recipe.data = _check_choice(recipe.data, "data", "data module", data_names(), data_config)
     if check_data:
         _report_problems(data_config(recipe.data["name"])(**recipe.data), "data")
     if recipe.data.get("pack"):
         for spec in recipe.model.mixer if isinstance(recipe.model.mixer, list) else [recipe.model.mixer]:
-            if not mixer_class(spec["name"]).supports_segments:
+            for name in without_segments(spec):
                 raise ConfigError(
-                    f"data.pack = true: mixer {spec['name']!r} cannot keep packed documents apart; set data.pack=false"
+                    f"data.pack = true: mixer {name!r} cannot keep packed documents apart; set data.pack=false"
                 )
     return recipe
 
 
-def _check_mixers(value: Any, d_model: int) -> Any:
+def _check_mixers(value: Any, path: str, d_model: int) -> Any:
     if isinstance(value, list):
         if not value:
-            raise ConfigError(
-                f"model.mixer = []: expected at least one mixer; valid: {', '.join(mixer_names())}"
-            )
-        return [_check_mixer(item, f"model.mixer[{i}]", d_model) for i, item in enumerate(value)]
-    return _check_mixer(value, "model.mixer", d_model)
+            raise ConfigError(f"{path} = []: expected at least one mixer; valid: {', '.join(mixer_names())}")
+        return [_check_mixer(item, f"{path}[{i}]", d_model) for i, item in enumerate(value)]
+    return _check_mixer(value, path, d_model)
 
 
 def _check_mixer(value: Any, path: str, d_model: int) -> dict[str, Any]:
     spec = _check_choice(value, path, "mixer", mixer_names(), mixer_config)
     options = {key: option for key, option in spec.items() if key != "name"}
-    _report_problems(mixer_config(spec["name"])(**options), path, d_model)
+    schema = mixer_config(spec["name"])
+    _report_problems(schema(**options), path, d_model)
+    for name in mixer_fields(schema):
+        spec[name] = _check_mixers(spec[name], f"{path}.{name}", d_model)
     return spec
 
 
