@@ -1,10 +1,11 @@
 """Every registered mixer, with its defaults and with options that change what it does, keeps the contract."""
 
 import pytest
+import torch
 
 from mixers import build_mixer, mixer_names
 from mixers.identity import Identity, IdentityConfig
-from mixers.testing import CHECKS, check_flops, check_mixer
+from mixers.testing import CHECKS, check_flops, check_gradients, check_mixer
 
 VARIANTS: dict[str, dict] = {
     **{name: {"name": name} for name in mixer_names()},
@@ -29,6 +30,18 @@ VARIANTS: dict[str, dict] = {
         "bias": True,
     },
     "sessa, no feedback": {"name": "sessa", "feedback": False},
+    "parallel, others": {"name": "parallel", "mixers": ["sessa", {"name": "mamba", "d_state": 5}]},
+    "parallel, nested": {
+        "name": "parallel",
+        "mixers": [{"name": "parallel", "mixers": ["attention", "attention"]}, "identity"],
+    },
+    # Some positions attend and some do not: test_selective_attention makes sure of that.
+    "selective attention, window": {"name": "selective_attention", "n_heads": 2, "window": 4},
+    "selective attention, others": {"name": "selective_attention", "below": {"name": "mamba", "d_conv": 2}},
+    "selective attention, nested": {
+        "name": "selective_attention",
+        "below": {"name": "parallel", "mixers": ["identity", "sessa"]},
+    },
 }
 
 
@@ -56,3 +69,52 @@ def test_a_failing_check_is_named():
 
     with pytest.raises(AssertionError, match="check_causality"):
         check_mixer(factory)
+
+
+class Rounding(Identity):
+    """Its input times rounded factors, whose gradient is that of the factors unrounded."""
+
+    def __init__(self, config, d_model):
+        super().__init__(config, d_model)
+        self.factors = torch.nn.Parameter(torch.arange(d_model) / 2 + 0.1)
+
+    def reset_parameters(self):
+        torch.nn.init.uniform_(self.factors)
+
+    def forward(self, x, segment_ids=None):
+        return x * (self.factors + (self.factors.round() - self.factors).detach())
+
+    def extend(self, x, state):
+        y, state = super().extend(x, state)
+        return self(y), state
+
+
+class DeclaredRounding(Rounding):
+    surrogate = ("factors",)
+
+
+class Around(Identity):
+    """Another mixer inside a submodule."""
+
+    def __init__(self, config, d_model, inner, surrogate=()):
+        super().__init__(config, d_model)
+        self.inner = inner(config, d_model)
+        self.surrogate = surrogate
+
+    def forward(self, x, segment_ids=None):
+        return self.inner(x, segment_ids)
+
+    def extend(self, x, state):
+        return self.inner.extend(x, state)
+
+
+def test_a_surrogate_gradient_must_be_declared():
+    config = IdentityConfig()
+    for undeclared in (lambda d: Rounding(config, d), lambda d: Around(config, d, Rounding)):
+        with pytest.raises(Exception, match="Jacobian mismatch"):
+            check_gradients(undeclared)
+    check_mixer(lambda d: DeclaredRounding(config, d))
+    check_mixer(lambda d: Around(config, d, DeclaredRounding))
+    check_mixer(lambda d: Around(config, d, Rounding, ("inner.factors",)))
+    with pytest.raises(AssertionError, match=r"names no parameter: \{'inner.factor'\}"):
+        check_gradients(lambda d: Around(config, d, Rounding, ("inner.factor",)))
