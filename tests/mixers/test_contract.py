@@ -5,7 +5,7 @@ import torch
 
 from mixers import build_mixer, mixer_names
 from mixers.identity import Identity, IdentityConfig
-from mixers.testing import CHECKS, check_flops, check_gradients, check_mixer
+from mixers.testing import CHECKS, check_flops, check_gradients, check_mixer, double, inputs
 
 VARIANTS: dict[str, dict] = {
     **{name: {"name": name} for name in mixer_names()},
@@ -35,7 +35,6 @@ VARIANTS: dict[str, dict] = {
         "name": "parallel",
         "mixers": [{"name": "parallel", "mixers": ["attention", "attention"]}, "identity"],
     },
-    # Some positions attend and some do not: test_selective_attention makes sure of that.
     "selective attention, window": {"name": "selective_attention", "n_heads": 2, "window": 4},
     "selective attention, others": {"name": "selective_attention", "below": {"name": "mamba", "d_conv": 2}},
     "selective attention, nested": {
@@ -57,6 +56,14 @@ CASES = [
 @pytest.mark.parametrize(("options", "check"), CASES)
 def test_contract(options, check):
     check(lambda d_model: build_mixer(options, d_model))
+
+
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v["name"] == "selective_attention"])
+def test_the_inputs_of_the_contract_make_some_positions_attend_and_some_not(name):
+    mixer = double(lambda d_model: build_mixer(VARIANTS[name], d_model))
+    assert 0.15 < mixer.diagnostics(inputs())["attending"].mean() < 0.85
+    small = double(lambda d_model: build_mixer(VARIANTS[name], d_model), d_model=8)  # that of check_gradients
+    assert 0 < small.diagnostics(inputs(batch=1, time=5, d_model=8))["attending"].mean() < 1
 
 
 def test_a_failing_check_is_named():

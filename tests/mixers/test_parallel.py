@@ -66,7 +66,10 @@ def together(monkeypatch):
 
 @pytest.mark.usefixtures("together")
 def test_segments_are_supported_if_every_mixer_inside_does():
-    nested = {"name": "parallel", "mixers": ["attention", {"name": "parallel", "mixers": ["together", "mamba"]}]}
+    nested = {
+        "name": "parallel",
+        "mixers": ["attention", {"name": "parallel", "mixers": ["together", "mamba"]}],
+    }
     below = {"name": "selective_attention", "below": nested}
     segment_ids = torch.zeros(2, 21, dtype=torch.int64)
     for spec in (nested, below):
