@@ -36,7 +36,10 @@ VARIANTS: dict[str, dict] = {
         "mixers": [{"name": "parallel", "mixers": ["attention", "attention"]}, "identity"],
     },
     "selective attention, window": {"name": "selective_attention", "n_heads": 2, "window": 4},
-    "selective attention, others": {"name": "selective_attention", "below": {"name": "mamba", "d_conv": 2}},
+    "selective attention, others": {
+        "name": "selective_attention",
+        "below": {"name": "attention", "n_heads": 4, "n_kv_heads": 1},
+    },
     "selective attention, nested": {
         "name": "selective_attention",
         "below": {"name": "parallel", "mixers": ["identity", "sessa"]},
