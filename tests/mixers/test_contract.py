@@ -106,16 +106,23 @@ class DeclaredRounding(Rounding):
 class Around(Identity):
     """Another mixer inside a submodule."""
 
-    def __init__(self, config, d_model, inner, surrogate=()):
+    def __init__(self, config, d_model, inner):
         super().__init__(config, d_model)
         self.inner = inner(config, d_model)
-        self.surrogate = surrogate
 
     def forward(self, x, segment_ids=None):
         return self.inner(x, segment_ids)
 
     def extend(self, x, state):
         return self.inner.extend(x, state)
+
+
+class DeclaringAround(Around):
+    surrogate = ("inner.factors",)
+
+
+class MistakenAround(Around):
+    surrogate = ("inner.factor",)
 
 
 def test_a_surrogate_gradient_must_be_declared():
@@ -125,6 +132,6 @@ def test_a_surrogate_gradient_must_be_declared():
             check_gradients(undeclared)
     check_mixer(lambda d: DeclaredRounding(config, d))
     check_mixer(lambda d: Around(config, d, DeclaredRounding))
-    check_mixer(lambda d: Around(config, d, Rounding, ("inner.factors",)))
+    check_mixer(lambda d: DeclaringAround(config, d, Rounding))
     with pytest.raises(AssertionError, match=r"names no parameter: \{'inner.factor'\}"):
-        check_gradients(lambda d: Around(config, d, Rounding, ("inner.factor",)))
+        check_gradients(lambda d: MistakenAround(config, d, Rounding))

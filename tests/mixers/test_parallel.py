@@ -78,6 +78,7 @@ def test_segments_are_supported_if_every_mixer_inside_does():
         assert not mixer.supports_segments
         with pytest.raises(ValueError, match="Together cannot keep packed documents apart"):
             mixer(inputs(), segment_ids)
-    for spec in ("parallel", "selective_attention", {"name": "selective_attention", "below": "parallel"}):
-        assert registry.without_segments(spec) == []
-        assert build_mixer(spec, 32).supports_segments
+    inside = {"name": "selective_attention", "below": "parallel"}
+    for able in ({"name": "parallel"}, {"name": "selective_attention"}, inside):
+        assert registry.without_segments(able) == []
+        assert build_mixer(able, 32).supports_segments
