@@ -22,7 +22,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.registry import data_config, data_names
-from mixers.registry import PluginError, mixer_class, mixer_config, mixer_names, one_of
+from mixers.registry import (
+    PluginError,
+    mixer_config,
+    mixer_fields,
+    mixer_names,
+    one_of,
+    without_segments,
+)
 
 
 class ConfigError(Exception):
@@ -357,7 +364,7 @@ def _refuse_two_horizons(layers: list[dict[str, Any]]) -> None:
 
 def _merge(old: Any, new: Any, path: str = "") -> Any:
     """`new` laid over `old`. Another choice in a section, or another horizon, drops what belonged to the old."""
-    is_choice = path in ("data", "model.mixer")
+    is_choice = path == "data" or f"{path}.".startswith("model.mixer.")  # mixers inside mixers too
     if is_choice and isinstance(old, str) and isinstance(new, dict):
         old = {"name": old}
     if not isinstance(old, dict) or not isinstance(new, dict):
@@ -403,35 +410,40 @@ def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
     _report_problems(recipe.optim, "optim")
     _report_problems(recipe.trainer, "trainer")
     open_width = recipe.model.match is not None or recipe.model.match_params is not None
-    recipe.model.mixer = check_mixers(recipe.model.mixer, None if open_width else recipe.model.d_model)
+    d_model = None if open_width else recipe.model.d_model
+    recipe.model.mixer = check_mixers(recipe.model.mixer, "model.mixer", d_model)
     recipe.data = _check_choice(recipe.data, "data", "data module", data_names(), data_config)
     if check_data:
         _report_problems(data_config(recipe.data["name"])(**recipe.data), "data")
     if recipe.data.get("pack"):
         for spec in recipe.model.mixer if isinstance(recipe.model.mixer, list) else [recipe.model.mixer]:
-            if not mixer_class(spec["name"]).supports_segments:
+            for name in without_segments(spec):
                 raise ConfigError(
-                    f"data.pack = true: mixer {spec['name']!r} cannot keep packed documents apart; set data.pack=false"
+                    f"data.pack = true: mixer {name!r} cannot keep packed documents apart; set data.pack=false"
                 )
     return recipe
 
 
-def check_mixers(value: Any, d_model: int | None) -> Any:
-    """A value of `model.mixer`, with every option filled in. Without `d_model`, not whether they fit a width."""
+def check_mixers(value: Any, path: str, d_model: int | None) -> Any:
+    """The value of the key `path` (a spec or a list of them) with every option filled in. Raises ConfigError.
+
+    Without `d_model` it is not asked whether the options fit a width.
+    """
     if isinstance(value, list):
         if not value:
-            raise ConfigError(
-                f"model.mixer = []: expected at least one mixer; valid: {', '.join(mixer_names())}"
-            )
-        return [_check_mixer(item, f"model.mixer[{i}]", d_model) for i, item in enumerate(value)]
-    return _check_mixer(value, "model.mixer", d_model)
+            raise ConfigError(f"{path} = []: expected at least one mixer; valid: {', '.join(mixer_names())}")
+        return [_check_mixer(item, f"{path}[{i}]", d_model) for i, item in enumerate(value)]
+    return _check_mixer(value, path, d_model)
 
 
 def _check_mixer(value: Any, path: str, d_model: int | None) -> dict[str, Any]:
     spec = _check_choice(value, path, "mixer", mixer_names(), mixer_config)
     options = {key: option for key, option in spec.items() if key != "name"}
+    schema = mixer_config(spec["name"])
     if d_model is not None:
-        _report_problems(mixer_config(spec["name"])(**options), path, d_model)
+        _report_problems(schema(**options), path, d_model)
+    for name in mixer_fields(schema):
+        spec[name] = check_mixers(spec[name], f"{path}.{name}", d_model)
     return spec
 
 

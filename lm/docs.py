@@ -28,6 +28,9 @@ command line comes last. `--print-config` prints the whole, defaults included.
 A mixer or data module given by name alone (`model.mixer=attention`) replaces the whole section, options
 included; so does another `name` in a mapping. Options of the same name are merged. Another horizon (`steps`,
 `epochs`, `tokens`) replaces the one that the recipe has.
+
+Where an option of a mixer is itself a mixer (`mixers` of `parallel`, `below` of `selective_attention`), it is given in
+the same way, with the options of that mixer's own section.
 """
 
 

@@ -23,7 +23,8 @@ TOLERANCE = 0.01
 FAR = 0.1
 MLP_PLAY = 1 / 8
 """How far F may be from its usual multiple of D, as a share of it, so that D can be a round number."""
-MAX_WIDTH = 2**17
+GAP = 4096
+"""More widths in a row than any choice of heads forbids."""
 
 
 def count_parameters(recipe: Recipe) -> int:
@@ -54,7 +55,7 @@ def match_width(recipe: Recipe, budget: float, wanted: str) -> Recipe:
     @cache
     def valid(d_model: int) -> bool:
         try:
-            check_mixers(model.mixer, d_model)
+            check_mixers(model.mixer, "model.mixer", d_model)
         except ConfigError:
             return False
         return True
@@ -63,11 +64,11 @@ def match_width(recipe: Recipe, budget: float, wanted: str) -> Recipe:
         return round(MLP_RATIO[model.mlp] * d_model) if open_mlp else model.mlp_width
 
     def next_valid(d_model: int) -> int:
-        while not valid(d_model):
-            d_model += 1
-            if d_model > MAX_WIDTH:
-                raise ConfigError(f"{wanted}: no width suits the options in model.mixer")
-        return d_model
+        for width in range(d_model, d_model + GAP):
+            if valid(width):
+                return width
+        check_mixers(model.mixer, "model.mixer", d_model)  # raises, with the reason
+        raise AssertionError("unreachable")
 
     def too_small(d_model: int) -> bool:
         d_model = next_valid(d_model)

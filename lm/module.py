@@ -67,12 +67,13 @@ class LanguageModel(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         nll, correct = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"))
         self.train_metrics.update(nll, correct, batch["labels"])
-        return nll.sum()
+        # Lightning divides by the number of micro-batches. Undone here, so that the backward pass sees the gradient
+        # of the plain sum: a mixer may add a penalty's gradient to it, which must not depend on that number.
+        return nll.sum() * self.recipe.trainer.accumulate
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the gradient of the summed loss into that of the mean over the whole step's labels."""
-        # Lightning has divided the loss of each micro-batch by their number. A tensor: its value is not waited for.
-        factor = self.recipe.trainer.accumulate / self.train_metrics.labelled
+        factor = 1 / self.train_metrics.labelled  # a tensor: its value is not waited for
         for p in self.parameters():
             if p.grad is not None:
                 p.grad.mul_(factor)

@@ -1,6 +1,14 @@
 """Token mixers: modules that map (B, T, D) to (B, T, D) causally, looked up by name."""
 
-from mixers import attention, identity, mamba, mamba2, sessa  # noqa: F401  (importing registers them)
+from mixers import (  # noqa: F401  (importing registers them)
+    attention,
+    identity,
+    mamba,
+    mamba2,
+    parallel,
+    selective_attention,
+    sessa,
+)
 from mixers.mixer import Mixer, State, check_room
 from mixers.registry import (
     build_mixer,

@@ -72,6 +72,7 @@ class AttentionConfig:
 class AttentionState(State):
     k: Tensor  # (B, G, S, K), rotated; position p lies in slot p mod S
     v: Tensor  # (B, G, S, K)
+    selected: Tensor | None  # (B, S) bool, the slots that later positions see; None: all
     max_len: int
 
 
@@ -101,11 +102,17 @@ def segment_positions(segment_ids: Tensor) -> Tensor:
 BLOCK = 128
 
 
-def block_mask(segment_ids: Tensor | None, window: int | None, time: int, device: torch.device) -> BlockMask:
+def block_mask(
+    segment_ids: Tensor | None,
+    window: int | None,
+    time: int,
+    device: torch.device,
+    selected: Tensor | None = None,
+) -> BlockMask:
     """What `flex_attention` needs to know of the visible positions, made without a T x T mask.
 
-    segment_ids (B, T) or None. Since ids do not decrease along a row, their first and last in a block of
-    positions tell whether two blocks share a segment.
+    segment_ids (B, T) int64 or None, selected (B, T) bool or None, as in `causal_attention`. Since ids do not
+    decrease along a row, their first and last in a block of positions tell whether two blocks share a segment.
     """
     n_blocks = -(-time // BLOCK)
     first = torch.arange(n_blocks, device=device) * BLOCK  # (n,)
@@ -123,6 +130,8 @@ def block_mask(segment_ids: Tensor | None, window: int | None, time: int, device
             mask = mask & (j > i - window)
         if segment_ids is not None:
             mask = mask & (segment_ids[b, i] == segment_ids[b, j])
+        if selected is not None:
+            mask = mask & (selected[b, j] | (i == j))
         return mask
 
     return BlockMask.from_kv_blocks(
@@ -140,18 +149,24 @@ def _compiled_flex_attention():
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None = None,
+    window: int | None = None,
+    selected: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over the visible past and the position itself.
 
     q (B, H, T, K); k, v (B, G, T, K), G dividing H -> (B, H, T, K). Visible to i are j in (i - window, i] of
-    i's own segment. On CUDA no T x T mask is made.
+    i's own segment, and of those, if `selected` (B, T) bool is given, the selected ones and i itself. On CUDA
+    no T x T mask is made.
     """
     gqa = q.shape[1] != k.shape[1]
-    if segment_ids is None and (window is None or window >= q.shape[2]):
+    if segment_ids is None and selected is None and (window is None or window >= q.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     if q.is_cuda:
-        mask = block_mask(segment_ids, window, q.shape[2], q.device)
+        mask = block_mask(segment_ids, window, q.shape[2], q.device, selected)
         attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         return attend(q, k, v, block_mask=mask, enable_gqa=gqa)
     index = torch.arange(q.shape[2], device=q.device)  # (T,)
@@ -160,6 +175,9 @@ def causal_attention(
         visible = visible & (index[:, None] - index < window)
     if segment_ids is not None:
         visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])  # (B, 1, T, T)
+    if selected is not None:
+        itself = index[:, None] == index  # (T, T)
+        visible = visible & (selected[:, None, None, :] | itself)  # (B, 1, T, T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
 
 
@@ -178,7 +196,7 @@ class Attention(Mixer):
     """
 
     supports_segments = True
-    output_projection: str | None = "out_proj"  # type: ignore[misc]
+    output_projection: str | None = "out_proj"
 
     def __init__(self, config: AttentionConfig, d_model: int, layer_index: int = 0, n_layers: int = 1):
         super().__init__()
@@ -212,13 +230,14 @@ class Attention(Mixer):
         """Heads (B, H, T, K) -> output (B, T, D)."""
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, segment_ids: Tensor | None = None, selected: Tensor | None = None) -> Tensor:
+        """As every mixer's; with `selected` (B, T) bool a position sees, besides itself, the selected alone."""
         if segment_ids is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         else:
             positions = segment_positions(segment_ids)  # (B, T)
         q, k, v = self._project(x, positions)
-        return self._merge(causal_attention(q, k, v, segment_ids, self.config.window))
+        return self._merge(causal_attention(q, k, v, segment_ids, self.config.window, selected))
 
     def _slots(self, max_len: int) -> int:
         return max_len if self.config.window is None else min(self.config.window, max_len)
@@ -229,30 +248,42 @@ class Attention(Mixer):
             length=torch.zeros(batch_size, dtype=torch.int64, device=device),
             k=torch.zeros(shape, device=device, dtype=dtype),
             v=torch.zeros(shape, device=device, dtype=dtype),
+            selected=None,
             max_len=max_len,
         )
 
-    def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+    def extend(
+        self, x: Tensor, state: AttentionState, selected: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """As every mixer's; `selected` (B, T) as in `forward`, kept in `state.selected`, which must be there."""
         new = x.shape[1]
         check_room(state.length, new, state.max_len)
         positions = state.length[:, None] + torch.arange(new, device=x.device)  # (B, T)
         q, k, v = self._project(x, positions)
         if new > 1 and not state.length.any():
-            y = causal_attention(q, k, v, window=self.config.window)  # the whole past is in x: no mask needed
+            # The whole past is in x: no mask over cached slots needed.
+            y = causal_attention(q, k, v, window=self.config.window, selected=selected)
         else:
-            y = self._attend_to_past(q, k, v, positions, state)
+            y = self._attend_to_past(q, k, v, positions, state, selected)
         slots = state.k.shape[2]
         # Of more new positions than slots only the last survive; writing all would leave the order to chance.
         kept = slice(max(0, new - slots), None)
         write_slots(state.k, k[:, :, kept], positions[:, kept] % slots)
         write_slots(state.v, v[:, :, kept], positions[:, kept] % slots)
-        return self._merge(y), self._advance(state, new)
-
-    def _advance(self, state: AttentionState, new: int) -> AttentionState:
-        return AttentionState(state.length + new, state.k, state.v, state.max_len)
+        if selected is not None:
+            assert state.selected is not None
+            state.selected.scatter_(1, positions[:, kept] % slots, selected[:, kept])
+        after = AttentionState(state.length + new, state.k, state.v, state.selected, state.max_len)
+        return self._merge(y), after
 
     def _attend_to_past(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: AttentionState
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        state: AttentionState,
+        selected: Tensor | None,
     ) -> Tensor:
         """Attention of new queries (B, H, T, K) over the cached slots and the new positions."""
         slots = state.k.shape[2]
@@ -264,6 +295,10 @@ class Attention(Mixer):
         visible = (keys_at >= 0) & (keys_at <= positions[:, :, None])  # (B, T, S + T)
         if self.config.window is not None:
             visible &= keys_at > positions[:, :, None] - self.config.window
+        if selected is not None:
+            assert state.selected is not None
+            seen = torch.cat((state.selected[:, :used], selected), dim=1)[:, None, :]  # (B, 1, S + T)
+            visible &= seen | (keys_at == positions[:, :, None])
         return F.scaled_dot_product_attention(
             q,
             torch.cat((state.k[:, :, :used].to(k.dtype), k), dim=2),

@@ -78,14 +78,20 @@ class Mixer(nn.Module):
     differ, and implements every method but `reset_parameters` and `diagnostics`, which are optional.
     """
 
-    supports_segments: ClassVar[bool] = False
-    """May several documents be packed into one row, told apart by `segment_ids`?"""
+    supports_segments: bool = False
+    """May several documents be packed into one row, told apart by `segment_ids`? A mixer with others inside
+    says of its class whether it could, and sets it on the instance once it knows them."""
 
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Own parameters that weight decay must spare and low precision must not touch: gains, decays, steps.
     Biases and norms are spared without being named."""
 
-    output_projection: ClassVar[str | None] = None
+    surrogate: ClassVar[tuple[str, ...]] = ()
+    """Own parameters (dotted names reach into submodules) whose gradient in evaluation mode is on purpose not
+    the output's derivative, such as straight-through estimates: `mixers.testing` does not compare them with
+    finite differences."""
+
+    output_projection: str | None = None
     """The submodule whose output is the mixer's: initialised smaller with depth where a block adds the
     mixer's output straight to the residual stream."""
 

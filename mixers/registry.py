@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ def register_mixer(name: str, config_class: type) -> Callable[[MixerClass], Mixe
 
     `config_class` is a dataclass whose fields all have defaults and a `help` in their metadata. It may have a
     method `problems(d_model)` that yields (option, what would be right) for values that do not fit together.
+    A field with `"mixers": True` in its metadata holds the spec of a mixer inside this one, or a list of specs.
     """
 
     def register(mixer_class: MixerClass) -> MixerClass:
@@ -99,16 +100,37 @@ def build_mixer(
 
     Raises ValueError naming the option, its value and what would be right.
     """
+    name, config = _parse(spec)
+    for option, expected in getattr(config, "problems", lambda d_model: ())(d_model):
+        raise ValueError(f"mixer {name!r}: {option} = {getattr(config, option)!r}: {expected}")
+    return mixer_class(name)(config, d_model, layer_index, n_layers)
+
+
+def without_segments(spec: str | Mapping[str, Any]) -> list[str]:
+    """The names of the mixers in `spec`, itself and those inside it, that cannot keep packed documents apart."""
+    name, config = _parse(spec)
+    names = [] if mixer_class(name).supports_segments else [name]
+    for field in mixer_fields(type(config)):
+        inner = getattr(config, field)
+        for inner_spec in inner if isinstance(inner, (list, tuple)) else [inner]:
+            names += without_segments(inner_spec)
+    return names
+
+
+def mixer_fields(config_class: type) -> list[str]:
+    """The options of a config class whose values are specs of mixers, or lists of them."""
+    return [field.name for field in fields(config_class) if field.metadata.get("mixers")]
+
+
+def _parse(spec: str | Mapping[str, Any]) -> tuple[str, Any]:
+    """A spec -> the mixer's name and its config."""
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "name" not in options:
         raise ValueError(f"a mixer needs a name, and {options} has none; {one_of('', mixer_names())}")
     name = options.pop("name")
-    config_class, cls = _lookup(name)
+    config_class = mixer_config(name)
     valid = [field.name for field in fields(config_class)]
     for option in options:
         if option not in valid:
             raise ValueError(f"mixer {name!r} has no option {option!r}: {one_of(option, valid)}")
-    config = config_class(**options)
-    for option, expected in getattr(config, "problems", lambda d_model: ())(d_model):
-        raise ValueError(f"mixer {name!r}: {option} = {asdict(config)[option]!r}: {expected}")
-    return cls(config, d_model, layer_index, n_layers)
+    return name, config_class(**options)

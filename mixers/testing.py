@@ -177,10 +177,17 @@ def check_segments(factory: Factory) -> None:
 
 
 def check_gradients(factory: Factory) -> None:
-    """Gradients agree with finite differences, for the input and every parameter (float64)."""
+    """Gradients agree with finite differences, for the input and every parameter but `surrogate` ones (float64)."""
     mixer = double(factory, d_model=8)
-    names = [name for name, _ in mixer.named_parameters()]
-    parameters = tuple(p.detach().clone().requires_grad_() for p in mixer.parameters())
+    surrogate = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in mixer.named_modules()  # mixers inside the mixer too
+        for name in getattr(module, "surrogate", ())
+    }
+    everything = dict(mixer.named_parameters())
+    assert surrogate <= set(everything), f"surrogate names no parameter: {surrogate - set(everything)}"
+    names = [name for name in everything if name not in surrogate]
+    parameters = tuple(everything[name].detach().clone().requires_grad_() for name in names)
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(mixer, dict(zip(names, values, strict=True)), (x,))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import train
 from lm.config import ConfigError, load_recipe, to_dict, to_yaml
 from mixers import registry
+from mixers.identity import Identity, IdentityConfig
 
 ROOT = Path(__file__).parents[2]
 GOOD = "data: {name: text, source: files, files: [corpus.txt]}\ntrainer: {steps: 3}\n"
@@ -85,6 +86,44 @@ BAD = {
         "valid: 1, 2, 4, 8",
     ),
     "odd heads cannot rotate": (["model.d_model=3"], "model.mixer.n_heads = null", "even width"),
+    "option of a mixer inside another": (
+        ["model.mixer={name: parallel, mixers: [mamba, {name: attention, n_heads: 7}]}"],
+        "model.mixer.mixers[1].n_heads = 7",
+        "it must divide model.d_model = 256; nearest: 8",
+    ),
+    "unknown mixer inside another": (
+        ["model.mixer={name: selective_attention, below: mamab}"],
+        "model.mixer.below = 'mamab': no such mixer",
+        "did you mean 'mamba'?",
+    ),
+    "unknown option three mixers deep": (
+        [
+            "model.mixer=[sessa, {name: parallel, mixers: "
+            "[{name: selective_attention, below: {name: mamba, d_stat: 3}}, mamba]}]"
+        ],
+        "model.mixer[1].mixers[0].below.d_stat = 3",
+        "did you mean 'd_state'?",
+    ),
+    "mixer without a name inside another": (
+        ["model.mixer={name: parallel, mixers: [{n_heads: 2}, mamba]}"],
+        "model.mixer.mixers[0].name is missing",
+        "valid: attention",
+    ),
+    "one mixer in parallel": (
+        ["model.mixer={name: parallel, mixers: [mamba]}"],
+        "model.mixer.mixers = ['mamba']",
+        "exactly two mixers",
+    ),
+    "number for a mixer inside another": (
+        ["model.mixer={name: selective_attention, below: 3}"],
+        "model.mixer.below = 3",
+        "a mixer's name or a mapping",
+    ),
+    "list for one mixer": (
+        ["model.mixer={name: selective_attention, below: [mamba]}"],
+        "model.mixer.below = ['mamba']",
+        "one mixer, not a list",
+    ),
     "unknown data module": (["data=txt"], "data = 'txt': no such data module", "did you mean 'text'?"),
     "unknown option of the data": (["data.sequence_length=8"], "data.sequence_length = 8", "seq_len"),
     "no horizon": (["trainer.steps=null"], "trainer.steps = null", "exactly one of"),
@@ -212,6 +251,9 @@ def test_layers_are_merged_in_order(folder):
     assert recipe.optim.eps == 1e-8
 
 
+MAMBA = {"expand": 2, "d_conv": 4, "dt_rank": None, "conv_bias": True, "bias": False, "backend": "auto"}
+
+
 @pytest.mark.parametrize(
     ("recipe", "overrides", "expected"),
     [
@@ -226,6 +268,21 @@ def test_layers_are_merged_in_order(folder):
         ("sessa", ["model.mixer.n_heads=2"], {"name": "sessa", "n_heads": 2}),
         ("[sessa, attention]", ["model.mixer=identity"], {"name": "identity"}),
         ("{name: sessa, n_heads: 4}", ["model.mixer=sessa"], {"name": "sessa", "n_heads": None}),
+        (
+            "{name: selective_attention, below: mamba}",
+            ["model.mixer.below.d_state=3"],
+            {"below": {"name": "mamba", "d_state": 3, **MAMBA}},
+        ),
+        (
+            "{name: selective_attention, below: {name: attention, window: 9}}",
+            ["model.mixer.below={name: mamba, d_state: 16}"],
+            {"below": {"name": "mamba", "d_state": 16, **MAMBA}},
+        ),
+        (
+            "parallel",
+            ["model.mixer.mixers=[identity, {name: mamba, d_state: 5}]"],
+            {"mixers": [{"name": "identity"}, {"name": "mamba", "d_state": 5, **MAMBA}]},
+        ),
     ],
 )
 def test_naming_another_mixer_replaces_the_section(folder, recipe, overrides, expected):
@@ -244,7 +301,12 @@ def test_another_horizon_replaces_the_recipes(folder):
     lr=st.floats(1e-6, 1, allow_nan=False),
     layers=st.integers(1, 50),
     mixer=st.sampled_from(
-        ["sessa", "[identity, {name: attention, window: 9}]", "{name: sessa, feedback: false}"]
+        [
+            "sessa",
+            "[identity, {name: attention, window: 9}]",
+            "{name: sessa, feedback: false}",
+            "{name: parallel, mixers: [{name: selective_attention, window: 9}, mamba]}",
+        ]
     ),
 )
 def test_the_resolved_recipe_is_a_recipe_for_the_same(tmp_path_factory, lr, layers, mixer):
@@ -283,6 +345,23 @@ def test_plugins_register_before_the_recipe_is_checked(folder, monkeypatch):
     )
     recipe = load_recipe("good.yaml", ["plugins=[my_plugin]", "model.mixer=mine"])
     assert recipe.model.mixer == {"name": "mine", "width": 3}
+
+
+def test_a_mixer_that_cannot_keep_documents_apart_is_named_however_deep(folder, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+    @registry.register_mixer("together", IdentityConfig)
+    class Together(Identity):
+        supports_segments = False
+
+    deep = "{name: parallel, mixers: [mamba, {name: selective_attention, below: together}]}"
+    for mixer in ("together", deep, f"[sessa, {deep}]"):
+        assert train.main(["good.yaml", f"model.mixer={mixer}"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(
+            "error: data.pack = true: mixer 'together' cannot keep packed documents apart"
+        )
+        load_recipe("good.yaml", [f"model.mixer={mixer}", "data.pack=false"])
 
 
 def test_a_broken_plugin_is_named(folder, monkeypatch):

@@ -1,6 +1,8 @@
 """The decoder: packed rows, decoding, initialisation, weight decay, memory of the loss."""
 
 import math
+import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lm.config import OptimConfig
 from lm.decoder import Decoder, no_decay_parameters, token_losses
 from lm.optim import build_optimizer
 from lm.precision import to_bf16
+from mixers import mixer_names
 
 LAYOUTS = {
     "gated": {"block": "gated"},
@@ -22,11 +25,140 @@ LAYOUTS = {
     "untied": {"tie_embeddings": False},
 }
 
+# Every registered mixer and some hybrids, in every kind of block.
+HYBRIDS = [
+    ["mamba2", "attention"],
+    ["mamba2", "sessa"],
+    ["mamba", "parallel"],
+    ["mamba2", "selective_attention"],
+    [{"name": "selective_attention", "below": "sessa", "window": 3}, "identity", "attention"],
+]
+BLOCKS = [{"block": "gated"}, {"block": "transformer"}, {"block": "transformer", "mlp": "none"}]
+
+
+def cases(mixers):
+    return [
+        pytest.param(
+            {"mixer": mixer, **block, "norm": "rmsnorm"},
+            id="+".join(m if isinstance(m, str) else m["name"] for m in mixer)
+            + "-"
+            + "-".join(block.values()),
+        )
+        for mixer in mixers
+        for block in BLOCKS
+    ]
+
+
+everywhere = pytest.mark.parametrize("layout", cases([*([name] for name in mixer_names()), *HYBRIDS]))
+
 
 def build(**options):
     decoder = Decoder(50, **{"d_model": 16, "n_layers": 3, "mlp_width": 24, **options}).eval()
     decoder.initialize(0)
     return decoder
+
+
+def contract_decoder(layout):
+    """In float64, with parameters far from special values, so that gates are open for some tokens only."""
+    decoder = build(**layout).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in decoder.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+    return decoder
+
+
+def token_ids(batch, time, seed=0):
+    return torch.randint(50, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+@everywhere
+def test_extend_equals_forward_however_the_row_is_cut(layout):
+    decoder = contract_decoder(layout)
+    ids = token_ids(2, 13)
+    expected = decoder(ids)
+    cuts = random.Random(0)
+    with torch.no_grad():
+        for n_cuts in (0, 1, 3, 12):
+            places = [0, *sorted(cuts.sample(range(1, 13), n_cuts)), 13]
+            states, pieces = decoder.init_state(2, 13), []
+            for start, stop in pairwise(places):
+                logits, states = decoder.extend(ids[:, start:stop], states)
+                pieces.append(logits)
+            torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-10, atol=1e-10)
+
+
+@everywhere
+def test_later_tokens_change_nothing_before_them(layout):
+    decoder = contract_decoder(layout)
+    ids = token_ids(2, 11)
+    embedded: list[torch.Tensor] = []
+
+    def keep(module, args, output):
+        embedded.append(output)
+
+    with torch.no_grad():
+        changed = ids.clone()
+        changed[:, 6:] = token_ids(2, 5, seed=1)
+        torch.testing.assert_close(decoder(changed)[:, :6], decoder(ids)[:, :6], rtol=1e-12, atol=1e-12)
+    decoder.embedding.register_forward_hook(keep)
+    logits = decoder(ids)
+    (gradient,) = torch.autograd.grad(logits[:, :6].square().sum(), embedded)
+    assert (gradient[:, 6:] == 0).all()
+    assert (gradient[:, :6] != 0).any(-1).all()
+
+
+@everywhere
+def test_packed_documents_are_as_if_alone_in_every_decoder(layout):
+    decoder = contract_decoder(layout)
+    mixer = decoder.blocks[0].mixer
+    if not all(block.mixer.supports_segments for block in decoder.blocks):
+        pytest.skip(f"{type(mixer).__name__} refuses packed documents")
+    check_packing(decoder, [5, 1, 7])
+
+
+@everywhere
+def test_a_state_dict_loads_into_a_fresh_decoder(layout):
+    decoder = contract_decoder(layout)
+    fresh = build(**layout).double()
+    fresh.load_state_dict(decoder.state_dict())
+    ids = token_ids(2, 7)
+    assert torch.equal(fresh(ids), decoder(ids))
+
+
+@pytest.mark.parametrize("layout", [{"mixer": mixer, **BLOCKS[1]} for mixer in HYBRIDS])
+def test_hybrids_compile_in_one_graph(layout):
+    torch._dynamo.reset()
+    decoder, compiled = contract_decoder(layout).train(), contract_decoder(layout).train()
+    for block in compiled.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    check_compiled(decoder, compiled)
+
+
+@pytest.mark.slow
+def test_a_hybrid_compiles_in_full():
+    torch._dynamo.reset()
+    layout = {"mixer": ["mamba2", "selective_attention", "parallel"], "block": "transformer"}
+    decoder, compiled = (
+        contract_decoder(layout),
+        contract_decoder(layout),
+    )  # noise would be another: evaluation
+    for block in compiled.blocks:
+        block.compile(fullgraph=True)
+    check_compiled(decoder, compiled)
+
+
+def check_compiled(decoder, compiled):
+    """The same losses and gradients, for a packed row too."""
+    ids = token_ids(2, 16)
+    for segment_ids in (None, (torch.arange(16) // 6).expand(2, -1)):
+        results = []
+        for model in (decoder, compiled):
+            torch.manual_seed(0)  # of gates that draw in training
+            nll, _ = model(ids, ids, segment_ids)
+            gradients = torch.autograd.grad(nll.sum(), list(model.parameters()), allow_unused=True)
+            results.append([nll, *(g for g in gradients if g is not None)])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -48,7 +180,11 @@ def test_extend_equals_forward(layout):
     block=st.sampled_from(["gated", "transformer"]),
 )
 def test_packed_documents_are_as_if_alone(lengths, mixer, block):
-    decoder = build(mixer=mixer, block=block).double()
+    check_packing(build(mixer=mixer, block=block).double(), lengths)
+
+
+def check_packing(decoder, lengths):
+    """Losses and gradients of documents packed into one row are those of the documents alone."""
     generator = torch.Generator().manual_seed(len(lengths))
     documents = [torch.randint(50, (n,), generator=generator) for n in lengths]
     labels = [torch.cat((d[1:], torch.tensor([-100]))) for d in documents]
@@ -190,11 +326,13 @@ def test_flops_are_those_of_the_matrix_products(layout):
     assert decoder.flops(time) - square == pytest.approx(2 * time * weights, rel=0.02)
 
 
-def test_activation_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("mixer", ["sessa", *HYBRIDS])
+def test_activation_checkpointing_changes_no_gradient(mixer):
     ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
     gradients = []
     for checkpointing in (False, True):
-        decoder = build(activation_checkpointing=checkpointing).train()
+        decoder = build(mixer=mixer, activation_checkpointing=checkpointing).train()
+        torch.manual_seed(0)  # of gates that draw in training
         decoder(ids, ids)[0].sum().backward()
         gradients.append([p.grad for p in decoder.parameters()])
     for a, b in zip(*gradients, strict=True):

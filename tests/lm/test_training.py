@@ -385,6 +385,23 @@ def test_accumulated_micro_batches_give_the_step_of_one_batch(tmp_path, options,
         assert losses == pytest.approx(whole, abs=1e-5)
 
 
+def test_a_penalty_added_in_the_backward_pass_does_not_depend_on_the_accumulation(
+    tmp_path, options, monkeypatch
+):
+    # Rows that are all the same, and gates without noise: each micro-batch has the same share of attending positions.
+    (tmp_path / "same.txt").write_text("a" * 5000)
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda drawn: drawn.fill_(1))
+    norms = []
+    for weight, batch_size, accumulate in ((3.0, 4, 1), (3.0, 1, 4), (0.0, 4, 1)):
+        mixer = f"{{name: selective_attention, below: attention, penalty_weight: {weight}}}"
+        changed = [f"model.mixer={mixer}", f"data.files=[{tmp_path / 'same.txt'}]", "trainer.steps=3"]
+        sizes = [f"trainer.batch_size={batch_size}", f"trainer.accumulate={accumulate}"]
+        assert train.main([TINY, *options, *changed, *sizes]) == 0
+        norms.append(metric(run_dirs(tmp_path)[-1], "train/gradient_norm"))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[2][1] != pytest.approx(norms[0][1], rel=0.01), "the penalty has a part in it"
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_low_precision_learns_and_keeps_gains_in_float32(tmp_path, options, precision):
     assert train.main([TINY, *options, f"trainer.precision={precision}"]) == 0

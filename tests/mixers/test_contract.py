@@ -1,10 +1,11 @@
 """Every registered mixer, with its defaults and with options that change what it does, keeps the contract."""
 
 import pytest
+import torch
 
 from mixers import build_mixer, mixer_names
 from mixers.identity import Identity, IdentityConfig
-from mixers.testing import CHECKS, check_flops, check_mixer
+from mixers.testing import CHECKS, check_flops, check_gradients, check_mixer, double, inputs
 
 VARIANTS: dict[str, dict] = {
     **{name: {"name": name} for name in mixer_names()},
@@ -29,6 +30,20 @@ VARIANTS: dict[str, dict] = {
         "bias": True,
     },
     "sessa, no feedback": {"name": "sessa", "feedback": False},
+    "parallel, others": {"name": "parallel", "mixers": ["sessa", {"name": "mamba", "d_state": 5}]},
+    "parallel, nested": {
+        "name": "parallel",
+        "mixers": [{"name": "parallel", "mixers": ["attention", "attention"]}, "identity"],
+    },
+    "selective attention, window": {"name": "selective_attention", "n_heads": 2, "window": 4},
+    "selective attention, others": {
+        "name": "selective_attention",
+        "below": {"name": "attention", "n_heads": 4, "n_kv_heads": 1},
+    },
+    "selective attention, nested": {
+        "name": "selective_attention",
+        "below": {"name": "parallel", "mixers": ["identity", "sessa"]},
+    },
 }
 
 
@@ -46,6 +61,14 @@ def test_contract(options, check):
     check(lambda d_model: build_mixer(options, d_model))
 
 
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v["name"] == "selective_attention"])
+def test_the_inputs_of_the_contract_make_some_positions_attend_and_some_not(name):
+    mixer = double(lambda d_model: build_mixer(VARIANTS[name], d_model))
+    assert 0.15 < mixer.diagnostics(inputs())["attending"].mean() < 0.85
+    small = double(lambda d_model: build_mixer(VARIANTS[name], d_model), d_model=8)  # that of check_gradients
+    assert 0 < small.diagnostics(inputs(batch=1, time=5, d_model=8))["attending"].mean() < 1
+
+
 def test_a_failing_check_is_named():
     class Leaky(Identity):
         def forward(self, x, segment_ids=None):
@@ -56,3 +79,59 @@ def test_a_failing_check_is_named():
 
     with pytest.raises(AssertionError, match="check_causality"):
         check_mixer(factory)
+
+
+class Rounding(Identity):
+    """Its input times rounded factors, whose gradient is that of the factors unrounded."""
+
+    def __init__(self, config, d_model):
+        super().__init__(config, d_model)
+        self.factors = torch.nn.Parameter(torch.arange(d_model) / 2 + 0.1)
+
+    def reset_parameters(self):
+        torch.nn.init.uniform_(self.factors)
+
+    def forward(self, x, segment_ids=None):
+        return x * (self.factors + (self.factors.round() - self.factors).detach())
+
+    def extend(self, x, state):
+        y, state = super().extend(x, state)
+        return self(y), state
+
+
+class DeclaredRounding(Rounding):
+    surrogate = ("factors",)
+
+
+class Around(Identity):
+    """Another mixer inside a submodule."""
+
+    def __init__(self, config, d_model, inner):
+        super().__init__(config, d_model)
+        self.inner = inner(config, d_model)
+
+    def forward(self, x, segment_ids=None):
+        return self.inner(x, segment_ids)
+
+    def extend(self, x, state):
+        return self.inner.extend(x, state)
+
+
+class DeclaringAround(Around):
+    surrogate = ("inner.factors",)
+
+
+class MistakenAround(Around):
+    surrogate = ("inner.factor",)
+
+
+def test_a_surrogate_gradient_must_be_declared():
+    config = IdentityConfig()
+    for undeclared in (lambda d: Rounding(config, d), lambda d: Around(config, d, Rounding)):
+        with pytest.raises(Exception, match="Jacobian mismatch"):
+            check_gradients(undeclared)
+    check_mixer(lambda d: DeclaredRounding(config, d))
+    check_mixer(lambda d: Around(config, d, DeclaredRounding))
+    check_mixer(lambda d: DeclaringAround(config, d, Rounding))
+    with pytest.raises(AssertionError, match=r"names no parameter: \{'inner.factor'\}"):
+        check_gradients(lambda d: MistakenAround(config, d, Rounding))
