@@ -72,8 +72,8 @@ def test_a_recipe_beside_this_one_can_be_matched():
 def test_the_printed_config_has_the_width_and_repeats_the_run(tmp_path):
     command = [
         sys.executable,
-        ROOT / "train.py",
-        QUICKSTART,
+        "train.py",
+        str(QUICKSTART),
         "--print-config",
         "model.match_params=1M",
         "model.mixer=mamba",
