@@ -44,6 +44,7 @@ class ModelConfig:
         metadata={
             "help": "parameters to have, such as 10M: solves for d_model, and mlp_width if that is null",
             "above": 0,
+            "below": 1e13,
         },
     )
     match: str | None = field(
@@ -80,6 +81,8 @@ class ModelConfig:
     def problems(self) -> Iterator[tuple[str, str]]:
         if isinstance(self.match_params, str) and not _BUDGET.fullmatch(self.match_params):
             yield "match_params", "expected a number of parameters, such as 10M, 1.5B or 350000"
+        elif isinstance(self.match_params, str) and not 1 <= (self.budget() or 0) < 1e13:
+            yield "match_params", "expected at least 1 and below 10000B parameters"
         if self.match_params is not None and self.match is not None:
             yield "match", "expected at most one of model.match and model.match_params"
 
@@ -265,6 +268,10 @@ def _matched(recipe: Recipe, folder: Path) -> Recipe:
         return match_width(recipe, budget, f"model.match_params = {recipe.model.match_params}")
     if (other := recipe.model.match) is not None:
         path = next((p for p in (Path(other), folder / other) if p.is_file()), Path(other))
+        if path.is_file() and (_read_with_bases(path, ()).get("model") or {}).get("match") is not None:
+            raise ConfigError(
+                f"model.match = {other!r}: that recipe matches another itself; expected one with a width"
+            )
         budget = count_parameters(load_recipe(path, check_data=False))
         return match_width(recipe, budget, f"model.match = {other} ({budget:,} parameters)")
     return recipe

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data import build_data, data_config
+from data import DataError, build_data, data_config
 from lm.config import ConfigError, Recipe, load_recipe
 from lm.run import build_decoder
 
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mixer in mixers or [""]:
             recipe = load_recipe(args.recipe, [*overrides, *([f"model.mixer={mixer}"] if mixer else [])])
             columns[mixer or _label(recipe.model.mixer)] = describe(recipe, args.lengths)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = Table(title=args.recipe, title_justify="left", box=SIMPLE_HEAD)

@@ -23,8 +23,8 @@ TOLERANCE = 0.01
 FAR = 0.1
 MLP_PLAY = 1 / 8
 """How far F may be from its usual multiple of D, as a share of it, so that D can be a round number."""
-GAP = 4096
-"""More widths in a row than any choice of heads forbids."""
+GAP = 512
+"""How many widths in a row may be forbidden by a choice of heads before it is taken for a mistake."""
 
 
 def count_parameters(recipe: Recipe) -> int:
@@ -104,7 +104,7 @@ def match_width(recipe: Recipe, budget: float, wanted: str) -> Recipe:
         raise ConfigError(f"{found}; no width comes closer with the other options as they are")
     if _error(number, budget) > TOLERANCE:
         logger.warning(
-            "%s: the closest there is with the mixer's heads and the other options as they are", found
+            "%s: the closest found with the mixer's heads and the other options as they are", found
         )
     else:
         logger.info(found)

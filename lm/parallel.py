@@ -30,8 +30,7 @@ def keep_freed_memory() -> None:
     """Has glibc keep freed memory for the next tensor; for training on a CPU.
 
     By default it gives tensors of 32 MiB and more back to the kernel at once, which then clears every page of the
-    next one: with rows of 16384 positions that takes longer than the arithmetic (docs/benchmarks.md). Does
-    nothing where there is no glibc.
+    next one (docs/benchmarks.md, growth of Mamba-2). Does nothing where there is no glibc.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h

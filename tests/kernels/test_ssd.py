@@ -100,6 +100,21 @@ def test_long_sequences_with_steps_of_all_sizes_stay_exact():
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("steps", [(1e-8, 100.0), (1.0, 100.0), (1e-3, 0.1)])
+def test_gradients_stay_exact_with_steps_of_all_sizes(steps):
+    generator = torch.Generator().manual_seed(0)
+    low, high = steps
+    dt = low * (high / low) ** torch.rand(1, 1000, 2, generator=generator)
+    x, cotangent = torch.randn(2, 1, 1000, 2, 4, generator=generator)
+    B_in, C_out = torch.randn(2, 1, 1000, 1, 8, generator=generator)
+    arguments = [a.requires_grad_() for a in (x, dt, -torch.tensor([1.0, 16.0]), B_in, C_out)]
+    exact = [a.detach().double().requires_grad_() for a in arguments]
+    ours = torch.autograd.grad(ssd(*arguments, backend="chunked"), arguments, cotangent)
+    theirs = torch.autograd.grad(ssd(*exact, backend="reference"), exact, cotangent.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 2e-6 * b.norm()
+
+
 def test_memory_grows_linearly_with_time():
     def peak(time):
         arguments = inputs(time, dtype=torch.float32)
