@@ -139,7 +139,6 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.heads = 2 * args.width // args.head_width
-    keep_freed_memory()  # as training does
     logging.set_verbosity_error()  # that the fused kernels are not installed
 
     print(
@@ -166,6 +165,7 @@ def main() -> None:
         ratios = forward / result["ours"][0], both / result["ours"][1]
         print(f"{name:>28} | {forward:>11.1f} {ratios[0]:>6.2f}x | {both:>22.1f} {ratios[1]:>6.2f}x")
 
+    keep_freed_memory()  # as training does; before, both mixers ran with the allocator's defaults
     print("\ngrowth of our mixer with T, forward and backward")
     print(f"{'T':>6} | {'ms':>8} {'us per position':>16}")
     runs = {str(T): mixer_runs(args, T, [])["ours"] for T in args.growth}
