@@ -23,8 +23,12 @@ TOLERANCE = 0.01
 FAR = 0.1
 MLP_PLAY = 1 / 8
 """How far F may be from its usual multiple of D, as a share of it, so that D can be a round number."""
-GAP = 512
-"""How many widths in a row may be forbidden by a choice of heads before it is taken for a mistake."""
+GAP = 4096
+"""More widths in a row than a sensible choice of heads forbids."""
+DIVISIBLE = 20160
+"""A width that most numbers of heads divide, to ask what else is wrong."""
+REACH = 0.2
+"""How far from the crossing widths are tried: the count need not grow at every step, since head widths vary."""
 
 
 def count_parameters(recipe: Recipe) -> int:
@@ -67,8 +71,8 @@ def match_width(recipe: Recipe, budget: float, wanted: str) -> Recipe:
         for width in range(d_model, d_model + GAP):
             if valid(width):
                 return width
-        check_mixers(model.mixer, "model.mixer", d_model)  # raises, with the reason
-        raise AssertionError("unreachable")
+        check_mixers(model.mixer, "model.mixer", DIVISIBLE)  # raises, with the reason
+        raise ConfigError(f"{wanted}: no width from {d_model} to {width} suits the options in model.mixer")
 
     def too_small(d_model: int) -> bool:
         d_model = next_valid(d_model)
@@ -92,7 +96,7 @@ def match_width(recipe: Recipe, budget: float, wanted: str) -> Recipe:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if too_small(middle) else (low, middle)
-    around = range(math.floor(high * (1 - TOLERANCE - play)), math.ceil(high * (1 + TOLERANCE + play)) + 1)
+    around = range(math.floor(high * (1 - REACH)), math.ceil(high * (1 + REACH)) + 1)
     near = [d for d in {low, next_valid(high), *around} if d > 0 and valid(d)]
     near.sort(key=lambda d: (-math.gcd(d, 64), abs(d - high)))
     within = (d for d in near if _error(fit(d)[0], budget) <= TOLERANCE)
@@ -104,7 +108,7 @@ def match_width(recipe: Recipe, budget: float, wanted: str) -> Recipe:
         raise ConfigError(f"{found}; no width comes closer with the other options as they are")
     if _error(number, budget) > TOLERANCE:
         logger.warning(
-            "%s: the closest found with the mixer's heads and the other options as they are", found
+            "%s: the closest there is with the mixer's heads and the other options as they are", found
         )
     else:
         logger.info(found)

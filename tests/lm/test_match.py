@@ -64,6 +64,29 @@ def test_a_recipe_can_be_matched(caplog):
     assert f"d_model = {recipe.model.d_model} gives" in caplog.text
 
 
+def test_a_recipe_that_matches_another_cannot_be_matched(tmp_path):
+    recipe = tmp_path / "self.yaml"
+    recipe.write_text(f"base: {QUICKSTART}\nmodel: {{match: self.yaml}}\n")
+    with pytest.raises(ConfigError, match=r"self\.yaml': that recipe matches another itself"):
+        load_recipe(recipe)
+
+
+def test_a_recipe_with_a_budget_can_be_matched(tmp_path):
+    recipe = tmp_path / "sized.yaml"
+    recipe.write_text(f"base: {QUICKSTART}\nmodel: {{match_params: 3M, mixer: attention}}\n")
+    matched = load(f"model.match={recipe}", "model.mixer=mamba2")
+    assert count_parameters(matched) == pytest.approx(3e6, rel=0.02)
+
+
+@pytest.mark.parametrize("budget", [735_807, 1_644_026, 449_980, 2_345_678])
+@pytest.mark.parametrize("mlp", ["gated", "transformer, no MLP"])
+def test_head_widths_that_vary_with_the_width_hide_no_solution(budget, mlp):
+    # Of odd widths Mamba-2 has heads 2 wide and so more parameters: the count is not monotone.
+    blocks = {"gated": [], "transformer, no MLP": ["model.block=transformer", "model.mlp=none"]}
+    recipe = load("model.mixer=mamba2", f"model.match_params={budget}", *blocks[mlp])
+    assert count_parameters(recipe) == pytest.approx(budget, rel=0.01)
+
+
 def test_a_recipe_beside_this_one_can_be_matched():
     recipe = load("model.match=quickstart.yaml", "model.mixer=mamba")
     assert count_parameters(recipe) == pytest.approx(count_parameters(load()), rel=0.01)
@@ -97,6 +120,16 @@ def test_the_printed_config_has_the_width_and_repeats_the_run(tmp_path):
         (["model.match_params=0k"], "model.match_params = '0k': expected a number of parameters"),
         (["model.match_params=1M", f"model.match={QUICKSTART}"], "expected at most one of model.match and"),
         (["model.match=quickstar.yaml"], "recipe quickstar.yaml: no such file"),
+        (["model.match_params=.inf"], "model.match_params = inf: expected above 0 and below 1"),
+        (["model.match_params=99999999999M"], "expected at least 1 and below 10000B parameters"),
+        (
+            ["model.match_params=1M", "model.mixer={name: attention, n_heads: 4, n_kv_heads: 3}"],
+            "model.mixer.n_kv_heads = 3: it must divide n_heads = 4; valid: 1, 2, 4",
+        ),
+        (
+            ["model.match_params=1M", "model.mixer={name: parallel, mixers: [attention]}"],
+            "expected a list of exactly two mixers",
+        ),
     ],
 )
 def test_what_cannot_be_matched_gets_one_clear_line(overrides, message):
