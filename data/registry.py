@@ -28,8 +28,10 @@ def register_data(name: str, config_class: type) -> Callable[[DataClass], DataCl
             raise TypeError(
                 f"the config class of data module {name!r} must be a dataclass, not {config_class!r}"
             )
-        if name in DATA_MODULES and DATA_MODULES[name][1].__qualname__ != data_class.__qualname__:
-            raise ValueError(f"a data module named {name!r} is registered already: {DATA_MODULES[name][1]}")
+        known = DATA_MODULES.get(name, (None, data_class))[1]
+        # A module imported a second time registers another class of the same names.
+        if (known.__module__, known.__qualname__) != (data_class.__module__, data_class.__qualname__):
+            raise ValueError(f"a data module named {name!r} is registered already: {known}")
         DATA_MODULES[name] = (config_class, data_class)
         return data_class
 

@@ -364,6 +364,26 @@ def test_a_mixer_that_cannot_keep_documents_apart_is_named_however_deep(folder, 
         load_recipe("good.yaml", [f"model.mixer={mixer}", "data.pack=false"])
 
 
+def test_a_plugin_that_exits_is_named(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    (folder / "leaving_plugin.py").write_text("import sys; sys.exit(3)")
+    with pytest.raises(ConfigError, match="'leaving_plugin' failed: SystemExit: 3"):
+        load_recipe("good.yaml", ["plugins=[leaving_plugin]"])
+
+
+def test_a_plugin_cannot_replace_a_mixer(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    (folder / "replacing_plugin.py").write_text(
+        "from mixers.attention import AttentionConfig, Attention as Theirs\n"
+        "from mixers import register_mixer\n"
+        "@register_mixer('attention', AttentionConfig)\n"
+        "class Attention(Theirs): pass\n"
+    )
+    with pytest.raises(ConfigError, match="a mixer named 'attention' is registered already"):
+        load_recipe("good.yaml", ["plugins=[replacing_plugin]"])
+
+
 def test_a_broken_plugin_is_named(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     (folder / "broken_plugin.py").write_text("raise RuntimeError('out of order')")
