@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.overrides += rest
     # Imported here, so that --help answers at once.
     from data import DataError
+    from kernels.backend import BackendError
     from lm.config import ConfigError, load_recipe, to_yaml
 
     console = Console(stderr=args.print_config)  # whose output is YAML and nothing else
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; continue with the same command and resume=auto", file=sys.stderr)
             return 130
-    except (ConfigError, DataError) as error:
+    except (BackendError, ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -13,6 +13,10 @@ _override: str | None = None
 _logged: set[tuple[str, str, str]] = set()
 
 
+class BackendError(ValueError):
+    """The backend asked for does not exist, or cannot take the input."""
+
+
 def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], str | None]]) -> str:
     """Name of the backend that runs.
 
@@ -23,11 +27,11 @@ def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], st
             reason why not; in order of preference.
 
     Raises:
-        ValueError: `requested` is unknown, or cannot take the input, or no backend can.
+        BackendError: `requested` is unknown, or cannot take the input, or no backend can.
     """
     wanted = _override if requested == "auto" and _override is not None else requested
     if wanted != "auto" and wanted not in backends:
-        raise ValueError(f"{operator}: unknown backend {wanted!r}, expected one of {['auto', *backends]}")
+        raise BackendError(f"{operator}: unknown backend {wanted!r}, expected one of {['auto', *backends]}")
     refusals = {}
     for name in backends if wanted == "auto" else [wanted]:
         reason = backends[name]()
@@ -37,7 +41,7 @@ def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], st
         refusals[name] = reason
     able = [name for name in backends if name not in refusals and backends[name]() is None]
     why = "; ".join(f"backend {name!r} cannot take this input: {reason}" for name, reason in refusals.items())
-    raise ValueError(f"{operator}: {why} (backends that can: {able if able else 'none'})")
+    raise BackendError(f"{operator}: {why} (backends that can: {able if able else 'none'})")
 
 
 @contextmanager

@@ -240,7 +240,11 @@ def load_recipe(
     `model.mixer` and `data` come back as plain mappings (or a list of them) with every option filled in.
     Without `check_data` the files that the data names may have gone, as those of an old run. Raises ConfigError.
     """
-    path = Path(path)
+    return _matched(_load(Path(path), overrides, check_data), Path(path).parent)
+
+
+def _load(path: Path, overrides: list[str] | tuple[str, ...], check_data: bool) -> Recipe:
+    """As `load_recipe`, but what `model.match_params` or `model.match` asks for is left to do."""
     defaults = {"model": {"mixer": ModelConfig.mixer}, "data": Recipe.data}
     raw = _merge(defaults, _read_with_bases(path, ()))
     layers = [_parse_override(override) for override in overrides]
@@ -257,7 +261,7 @@ def load_recipe(
         recipe.name = path.stem
     if Path(recipe.name).name != recipe.name:
         raise ConfigError(f"name = {recipe.name!r}: expected the name of a folder, without slashes")
-    return _matched(recipe, path.parent)
+    return recipe
 
 
 def _matched(recipe: Recipe, folder: Path) -> Recipe:
@@ -268,11 +272,12 @@ def _matched(recipe: Recipe, folder: Path) -> Recipe:
         return match_width(recipe, budget, f"model.match_params = {recipe.model.match_params}")
     if (other := recipe.model.match) is not None:
         path = next((p for p in (Path(other), folder / other) if p.is_file()), Path(other))
-        if path.is_file() and (_read_with_bases(path, ()).get("model") or {}).get("match") is not None:
+        matched = _load(path, (), check_data=False)
+        if matched.model.match is not None:
             raise ConfigError(
                 f"model.match = {other!r}: that recipe matches another itself; expected one with a width"
             )
-        budget = count_parameters(load_recipe(path, check_data=False))
+        budget = count_parameters(_matched(matched, path.parent))
         return match_width(recipe, budget, f"model.match = {other} ({budget:,} parameters)")
     return recipe
 
@@ -397,7 +402,7 @@ def _import_plugins(plugins: Any) -> None:
     for name in plugins:
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever a plug-in does, the message must name it
+        except (Exception, SystemExit) as error:  # whatever a plug-in does, the message must name it
             kind = type(error).__name__
             hint = ""
             if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:

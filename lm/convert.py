@@ -87,7 +87,7 @@ class Config:
         value = self.values.get(key, [0.0, math.inf])
         try:
             low, high = (float(v["__float__"] if isinstance(v, dict) else v) for v in value)
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             raise self.problem(key, "two numbers") from None
         if not 0 <= low < high:
             raise self.problem(key, "two numbers, 0 <= the first < the second")
@@ -312,6 +312,7 @@ def read_tokenizer(folder: Path, config: Config, vocab_size: int) -> JsonTokeniz
         # Also a default of transformers, which may be any token.
         if isinstance(i, int) and i in added and added[i].special:
             candidates.append(added[i].content)
+    candidates = [token for token in candidates if isinstance(token, str)]
     eod = next((token for token in (*candidates, *EOD_TOKENS) if token in vocab), None)
     if eod is None:
         raise ConfigError(

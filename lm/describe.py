@@ -27,7 +27,7 @@ examples:
 
 
 def describe(recipe: Recipe, lengths: Sequence[int] = ()) -> dict[str, str]:
-    """Quantity -> value of the recipe's decoder, in the order of the table. Allocates and reads nothing.
+    """Quantity -> value of the recipe's decoder, in the order of the table. No parameter is allocated.
 
     FLOPs and decoding state are given at each of `lengths`, by default the recipe's own and 16 times that.
     """
@@ -48,7 +48,7 @@ def describe(recipe: Recipe, lengths: Sequence[int] = ()) -> dict[str, str]:
 def si(number: float) -> str:
     """Three digits and a prefix: 1234567 -> "1.23M"."""
     for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
+        if number >= 0.9995 * unit:  # which rounds to the unit
             return f"{number / unit:.3g}{name}"
     return f"{number:.3g}"
 

@@ -178,6 +178,8 @@ def load_decoder(run: Path, device: str = "cpu", checkpoint: str = LAST) -> tupl
         raise ConfigError(f"device = {device!r}: no CUDA device is available here; expected cpu")
     recipe = load_run_recipe(run)
     path = run / "checkpoints" / checkpoint
+    if not path.is_file():
+        raise ConfigError(f"checkpoint {path}: no such file; that run has {LAST} alone")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError

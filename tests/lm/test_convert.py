@@ -312,6 +312,7 @@ def test_what_mamba_ssm_has_and_this_code_has_not_is_named(config, layer, messag
         ("mamba2", {"n_groups": 4}, "these options do not fit together: model.mixer.n_groups = 4"),
         ("mamba2", {"time_step_limit": [0.1, 0.01]}, "time_step_limit = [0.1, 0.01]; expected two numbers"),
         ("mamba2", {"time_step_limit": None}, "time_step_limit = None; expected two numbers"),
+        ("mamba2", {"time_step_limit": [0, 10**400]}, "; expected two numbers"),
         # What is well formed and not what the weights are.
         ("mamba", {"num_hidden_layers": 1}, "tensor backbone.layers.1."),
         ("mamba", {"num_hidden_layers": 3}, "no tensor backbone.layers.2.norm.weight and 9 more"),
@@ -377,6 +378,9 @@ def test_files_that_are_not_what_they_should_be_are_named(copy, tmp_path, capsys
     assert "no token ends a document; expected the eos_token of tokenizer_config.json" in refusal(
         folder, run, capsys
     )
+    for eos in (["a"], {"content": ["a"]}, 7):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        assert "no token ends a document" in refusal(folder, run, capsys)
     state["model"]["vocab"]["</s>"] = 270
     (folder / "tokenizer.json").write_text(json.dumps(state))
     assert "leave gaps" in refusal(folder, run, capsys)

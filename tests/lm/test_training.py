@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,21 @@ def test_text_is_generated_from_the_run_folder(finished, capsys):
     assert "--- prompt 1 of 2\nLicense" in texts[0]
     assert "--- prompt 2 of 2\na" in texts[0]
     assert generate.main([str(run), "--checkpoint", "best", "--max-new-tokens", "3"]) == 0
+
+
+def test_generating_from_a_checkpoint_that_was_never_written_says_so(finished, tmp_path, capsys):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    (run / "checkpoints" / "best.ckpt").unlink()
+    assert generate.main([str(run), "--checkpoint", "best"]) == 2
+    assert "best.ckpt: no such file; that run has last.ckpt alone\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["--dry-run"]])
+def test_a_backend_that_cannot_run_here_gets_one_clear_line(options, capsys, command):
+    mixer = "model.mixer={name: mamba2, backend: mamba_ssm}"
+    assert train.main(["tests/golden/tiny.yaml", mixer, *options, *command]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ssd: backend 'mamba_ssm' cannot take this input: x is on device cpu")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "no folder"])
