@@ -21,7 +21,8 @@ from rich.table import Table
 
 from data import Rows
 from lm.config import Recipe, load_recipe
-from lm.training import make_data, train
+from lm.run import make_data
+from lm.training import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data import DataError, build_data, data_config
+from data import DataError
 from lm.config import ConfigError, Recipe, load_recipe
-from lm.run import build_decoder
+from lm.run import build_decoder, make_data
 
 EXAMPLES = """
 examples:
@@ -31,7 +31,7 @@ def describe(recipe: Recipe, lengths: Sequence[int] = ()) -> dict[str, str]:
 
     FLOPs and decoding state are given at each of `lengths`, by default the recipe's own and 16 times that.
     """
-    data = build_data(data_config(recipe.data["name"])(**recipe.data), recipe.seed)
+    data = make_data(recipe)
     with torch.device("meta"):
         decoder = build_decoder(recipe, data.vocab_size)
     rows = {"d_model": str(recipe.model.d_model), "layers": str(recipe.model.n_layers)}

@@ -13,8 +13,8 @@ from lm.config import Recipe
 from lm.describe import si, size
 from lm.optim import build_optimizer
 from lm.precision import to_bf16
-from lm.run import new_run_dir
-from lm.training import accelerator, make_data, make_decoder
+from lm.run import make_data, new_run_dir
+from lm.training import accelerator, make_decoder
 
 
 def dry_run(recipe: Recipe, console: Console) -> None:

@@ -12,10 +12,9 @@ from functools import cache
 
 import torch
 
-from data import build_data, data_config
 from lm.config import ConfigError, Recipe, check_mixers
 from lm.decoder import MLP_RATIO
-from lm.run import build_decoder
+from lm.run import build_decoder, make_data
 
 logger = logging.getLogger("mixerlab.match")
 
@@ -33,9 +32,8 @@ REACH = 0.2
 
 def count_parameters(recipe: Recipe) -> int:
     """Parameters of the recipe's decoder. Allocates none of them and touches no data."""
-    data = build_data(data_config(recipe.data["name"])(**recipe.data), recipe.seed)
     with torch.device("meta"):
-        decoder = build_decoder(recipe, data.vocab_size)
+        decoder = build_decoder(recipe, make_data(recipe).vocab_size)
     return sum(p.numel() for p in decoder.parameters())
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from data import TextTokenizer, load_tokenizer
+from data import DataModule, TextTokenizer, build_data, data_config, load_tokenizer
 from lm.config import HORIZONS, ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
 from lm.decoder import Decoder
 from lm.precision import to_bf16
@@ -198,6 +198,11 @@ def unreadable(checkpoint: Path, error: Exception) -> ConfigError:
     """The message for a checkpoint that torch cannot load."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return ConfigError(f"checkpoint {checkpoint} cannot be read, it must be damaged: {reason}")
+
+
+def make_data(recipe: Recipe) -> DataModule:
+    """The recipe's data module; touches no data."""
+    return build_data(data_config(recipe.data["name"])(**recipe.data), recipe.seed)
 
 
 def build_decoder(recipe: Recipe, vocab_size: int) -> Decoder:

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from data import DataModule, build_data, data_config
+from data import DataModule
 from lm.batches import Loaders
 from lm.callbacks import (
     CSVMetrics,
@@ -45,6 +45,7 @@ from lm.run import (
     find_resumable,
     load_run_recipe,
     lock_run,
+    make_data,
     save_recipe,
     unreadable,
 )
@@ -56,11 +57,6 @@ class Result:
     steps: int
     metrics: dict[str, float]
     sample: str
-
-
-def make_data(recipe: Recipe) -> DataModule:
-    """The recipe's data module; touches no data."""
-    return build_data(data_config(recipe.data["name"])(**recipe.data), recipe.seed)
 
 
 def make_decoder(recipe: Recipe, vocab_size: int) -> Decoder:

@@ -18,8 +18,8 @@ from lm import generate
 from lm.batches import Batches
 from lm.config import load_recipe
 from lm.module import LanguageModel
-from lm.run import lock_run
-from lm.training import build_decoder, count_steps, make_data, make_decoder
+from lm.run import build_decoder, lock_run, make_data
+from lm.training import count_steps, make_decoder
 
 ROOT = Path(__file__).parents[2]
 TINY = "tests/golden/tiny.yaml"
