@@ -18,7 +18,8 @@ examples:
   python train.py recipes/quickstart.yaml resume=auto             continue the newest unfinished run
   python train.py recipes/quickstart.yaml --dry-run               size, cost and memory; needs no data
 
-Every key is in docs/recipes.md.
+exit codes: 0 trained to the end; 75 interrupted (SIGTERM, SIGUSR1 or trainer.max_time), checkpoint written, go on
+with resume=auto; 130 the same after Ctrl-C; 2 wrong recipe or data; 1 anything else. Every key is in docs/recipes.md.
 """
 
 
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(format="%(message)s", handlers=[plain])
     logging.getLogger("mixerlab").setLevel(logging.INFO)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.print_config:
@@ -60,23 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.dry_run:
             from lm.dry_run import dry_run
 
-            dry_run(recipe, console)
+            dry_run(recipe, console, ["train.py", *(a for a in given if a != "--dry-run")])
             return 0
-        from lm.module import NonFiniteError
-        from lm.training import report, train
+        from lm.training import run_recipe
 
-        try:
-            report(train(recipe, console), recipe, console)
-        except NonFiniteError as error:
-            print(f"stopped: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("interrupted; continue with the same command and resume=auto", file=sys.stderr)
-            return 130
+        return run_recipe(recipe, console, [sys.executable, __file__, *given])
     except (BackendError, ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def ensure_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             _seal(temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -59,7 +59,7 @@ def damage(folder: Path, checksums: bool) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if checksums and _crc32(path) != checksum:
+            if checksums and crc32(path) != checksum:
                 return f"the checksum of {name} is wrong"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"meta.json cannot be read: {error!r}"
@@ -68,13 +68,14 @@ def damage(folder: Path, checksums: bool) -> str | None:
 
 def _seal(folder: Path) -> None:
     """Writes the sizes and checksums of all files to meta.json, and everything to the disk."""
-    files = {path.name: (path.stat().st_size, _crc32(path)) for path in sorted(folder.iterdir())}
+    files = {path.name: (path.stat().st_size, crc32(path)) for path in sorted(folder.iterdir())}
     (folder / "meta.json").write_text(json.dumps({"files": files}, indent=1))
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        sync(path)
 
 
-def _crc32(path: Path) -> int:
+def crc32(path: Path) -> int:
+    """Checksum of a file's bytes."""
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -82,7 +83,8 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

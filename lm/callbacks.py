@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
+import os
 import resource
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +27,11 @@ from rich.progress import (
 )
 
 from data import TextTokenizer
+from lm.checkpoint import best_checkpoint, folder_of, prune, read_meta
+from lm.config import TrainerConfig
 from lm.generate import stream_texts
 from lm.module import Batch, LanguageModel
+from lm.processes import HangWatch, World
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets."""
@@ -142,31 +149,151 @@ def as_markdown_block(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
 
 
-class LastCheckpoint(Checkpoint):
-    """Writes last.ckpt every so many steps, at step boundaries only, and after the validation of the step if any.
+class Checkpoints(Checkpoint):
+    """Writes checkpoints every so many steps, at the last one, and where a validation is the best so far.
 
-    Written before it, a checkpoint would not know what the validation found, and a run that resumes from it would
-    neither repeat the validation nor remember the best loss.
+    Only at step boundaries, and after the validation of the step if there is one: written before it, a checkpoint
+    would not know what the validation found. Keeps the newest few and the best.
     """
 
-    def __init__(self, path: Path, every: int, val_every: int):
-        self.path, self.every, self.val_every = path, every, val_every
+    def __init__(self, run: Path, trainer: TrainerConfig, watch: HangWatch):
+        self.run, self.config, self.watch = run, trainer, watch
+        self.best = math.inf
         self._step = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         self._step = trainer.global_step
+        if (best := best_checkpoint(self.run)) is not None:
+            self.best = read_meta(best)["valid_loss"]
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *args: Any) -> None:
         step = trainer.global_step
         if step == self._step:
             return  # in the middle of an accumulation
         self._step = step
-        if step % self.every == 0 and step % self.val_every:
-            trainer.save_checkpoint(self.path)
+        validates = step % self.config.val_every == 0 or step >= trainer.max_steps
+        if step % self.config.checkpoint_every == 0 and not validates:
+            self.save(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._step % self.every == 0:
-            trainer.save_checkpoint(self.path)
+    def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        step = trainer.global_step
+        is_best = pl_module.valid_loss < self.best
+        if is_best:
+            self.best = pl_module.valid_loss
+        if is_best or step % self.config.checkpoint_every == 0 or step >= trainer.max_steps:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Writes the checkpoint of the step that is done."""
+        step = trainer.global_step
+        self.watch.moved(f"writing the checkpoint of step {step}")
+        trainer.save_checkpoint(folder_of(self.run, step))
+        if trainer.is_global_zero:
+            prune(self.run, self.config.keep_checkpoints)
+
+
+class InterruptedRun(Exception):
+    """The run was asked to end, and has written a checkpoint."""
+
+    def __init__(self, reason: str, signum: int | None):
+        super().__init__(reason)
+        self.signum = signum
+
+
+class Interruptions(Callback):
+    """Ends the run at the next step boundary, checkpoint written, when a signal or the time limit asks for it.
+
+    A second signal ends the process at once. All ranks are asked at every step, and end together.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, checkpoints: Checkpoints, world: World, max_seconds: float, console: Console):
+        self.checkpoints, self.world, self.console = checkpoints, world, console
+        self.deadline = time.monotonic() + max_seconds
+        self._received = 0
+        self._step = 0
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Takes over the signals, from now until `restore`."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in self.SIGNALS:
+                before = signal.signal(signum, self._note)
+                self._before.setdefault(signum, before)
+
+    def restore(self) -> None:
+        """Gives the signals back."""
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if self._received:
+            os._exit(128 + signum)
+        self._received = signum
+        if self.world.rank == 0:
+            self.console.print(
+                f"{signal.Signals(signum).name}: finishing the step and writing a checkpoint; once more to end at once"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        self._step = trainer.global_step
+        self.install()  # again: Lightning has put its own in place
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *args: Any) -> None:
+        if trainer.global_step == self._step:
+            return  # in the middle of an accumulation
+        self._step = trainer.global_step
+        if trainer.global_step < trainer.max_steps:
+            self._end_if_asked(trainer)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._end_if_asked(trainer)  # the validation is made up for when the run goes on
+
+    def _end_if_asked(self, trainer: L.Trainer) -> None:
+        out_of_time = time.monotonic() > self.deadline
+        received, late = self.world.max(self._received, int(out_of_time))
+        if received or late:
+            self.checkpoints.save(trainer)
+            reason = signal.Signals(received).name if received else "trainer.max_time is over"
+            raise InterruptedRun(reason, received or None)
+
+
+class PendingValidation(Callback):
+    """Makes up for a validation that was due at the step at which the run was interrupted."""
+
+    def __init__(self, val_every: int):
+        self.val_every = val_every
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        step = trainer.global_step
+        if step and step % self.val_every == 0 and pl_module.validated_step != step:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+
+class Pulse(Callback):
+    """Tells the watch over hanging ranks that this one moves."""
+
+    def __init__(self, watch: HangWatch):
+        self.watch = watch
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.watch.moved(f"in step {trainer.global_step + 1}")
+
+    def on_before_backward(self, trainer: L.Trainer, *args: Any) -> None:
+        self.watch.moved(f"in the backward pass of step {trainer.global_step + 1}")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.watch.moved(f"after step {trainer.global_step}, reading the next batch")
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.watch.moved(f"validating after step {trainer.global_step}")
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.watch.moved(f"validating after step {trainer.global_step}")
 
 
 class StopAtTheEnd(Callback):

@@ -154,11 +154,6 @@ class TrainerConfig:
             "help": "float32; bf16 arithmetic on float32 weights; or bf16 weights (norms and gains float32)"
         },
     )
-    compile: bool = field(default=False, metadata={"help": "torch.compile each block, in place"})
-    activation_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "recompute each block's activations in the backward pass to save memory"},
-    )
     val_every: int = field(
         default=500, metadata={"help": "steps between validations (one more at the end)", "min": 1}
     )
@@ -166,7 +161,21 @@ class TrainerConfig:
         default=None, metadata={"help": "validation batches per loader; null: the whole split", "min": 1}
     )
     checkpoint_every: int = field(
-        default=500, metadata={"help": "steps between writes of last.ckpt", "min": 1}
+        default=500, metadata={"help": "steps between checkpoints (one more at the end)", "min": 1}
+    )
+    keep_checkpoints: int = field(
+        default=2, metadata={"help": "newest checkpoints to keep, besides the best one", "min": 1}
+    )
+    max_time: str | None = field(
+        default=None,
+        metadata={
+            "help": "wall-clock limit such as 11h30m or 90s: then a checkpoint is written and the run ends, to be "
+            "continued with resume=auto"
+        },
+    )
+    on_non_finite: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata={"help": "at a loss or gradient that is not finite: stop the run, or leave that step out"},
     )
     num_workers: int = field(default=0, metadata={"help": "data loading processes per device", "min": 0})
 
@@ -177,6 +186,20 @@ class TrainerConfig:
                 given[-1] if given else "steps",
                 "expected exactly one of trainer.steps, trainer.epochs, trainer.tokens",
             )
+        if self.max_time is not None and not self.max_seconds():
+            yield "max_time", "expected hours, minutes and seconds, such as 11h30m, 45m or 90s"
+
+    def max_seconds(self) -> float:
+        """`max_time` in seconds; infinite without one, 0 where it cannot be read."""
+        if self.max_time is None:
+            return math.inf
+        found = _DURATION.fullmatch(self.max_time)
+        if found is None:
+            return 0.0
+        return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
 HORIZONS = ("steps", "epochs", "tokens")
@@ -184,8 +207,69 @@ HORIZONS = ("steps", "epochs", "tokens")
 
 @dataclass
 class StrategyConfig:
+    name: Literal["auto", "ddp", "fsdp"] = field(
+        default="auto",
+        metadata={
+            "help": "ddp: a copy of the model on every device; fsdp: weights, gradients and optimiser state cut in "
+            "shards over the devices (FSDP2); auto: ddp where there are several devices"
+        },
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = field(default="auto", metadata={"help": "kind of device"})
-    devices: Literal[1] = field(default=1, metadata={"help": "devices to train on"})
+    devices: Literal["auto"] | int = field(
+        default="auto",
+        metadata={
+            "help": "devices, a process each, per machine; auto: every GPU, or one CPU process",
+            "min": 1,
+        },
+    )
+    num_nodes: int = field(
+        default=1, metadata={"help": "machines; torchrun or SLURM starts the processes on several", "min": 1}
+    )
+    replicate: int = field(
+        default=1,
+        metadata={
+            "help": "fsdp: groups of devices that hold a whole model in shards each (HSDP); 1: one group",
+            "min": 1,
+        },
+    )
+    param_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "fsdp: dtype in which weights are gathered, norms and gains included; bfloat16 halves the traffic"
+        },
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "fsdp: dtype in which gradients are summed over devices"}
+    )
+    cpu_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "fsdp: keep the shards and the optimiser in the CPU's memory; slow, for huge models"
+        },
+    )
+    compile: bool = field(default=False, metadata={"help": "torch.compile each block, in place"})
+    activation_checkpointing: Literal["none", "selective", "full"] = field(
+        default="none",
+        metadata={
+            "help": "to save memory, recompute each block in the backward pass; selective: but for the operators that "
+            "mix over time, whose outputs are kept"
+        },
+    )
+    timeout: float = field(
+        default=1800.0,
+        metadata={
+            "help": "seconds without progress after which a run of several processes is ended",
+            "above": 0,
+        },
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.name != "fsdp":
+            for key in ("replicate", "param_dtype", "reduce_dtype", "cpu_offload"):
+                if getattr(self, key) != getattr(StrategyConfig, key):
+                    yield key, f"only used with strategy.name = fsdp, but it is {self.name}"
+        if self.cpu_offload and self.accelerator == "cpu":
+            yield "cpu_offload", "expected false: strategy.accelerator = cpu leaves nothing to offload"
 
 
 @dataclass
@@ -376,6 +460,8 @@ def _refuse_two_horizons(layers: list[dict[str, Any]]) -> None:
 
 def _merge(old: Any, new: Any, path: str = "") -> Any:
     """`new` laid over `old`. Another choice in a section, or another horizon, drops what belonged to the old."""
+    if path == "strategy":  # its name alone leaves the devices as they are
+        old, new = _named(old), _named(new)
     is_choice = path == "data" or f"{path}.".startswith("model.mixer.")  # mixers inside mixers too
     if is_choice and isinstance(old, str) and isinstance(new, dict):
         old = {"name": old}
@@ -391,6 +477,10 @@ def _merge(old: Any, new: Any, path: str = "") -> Any:
             _merge(merged[key], value, f"{path}.{key}" if path else str(key)) if key in merged else value
         )
     return merged
+
+
+def _named(section: Any) -> Any:
+    return {"name": section} if isinstance(section, str) else section
 
 
 def _import_plugins(plugins: Any) -> None:
@@ -417,10 +507,18 @@ def _import_plugins(plugins: Any) -> None:
 
 def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
     """Plain mappings -> Recipe, or ConfigError at the first thing that is wrong."""
+    if "strategy" in raw:
+        raw = {**raw, "strategy": _named(raw["strategy"])}
     recipe = _check_dataclass(Recipe, raw, "")
     _report_problems(recipe.model, "model")
     _report_problems(recipe.optim, "optim")
     _report_problems(recipe.trainer, "trainer")
+    _report_problems(recipe.strategy, "strategy")
+    if recipe.strategy.name == "fsdp" and recipe.trainer.precision == "bf16-true":
+        raise ConfigError(
+            "trainer.precision = 'bf16-true': fsdp keeps one dtype of weights; expected bf16-mixed, with "
+            "strategy.param_dtype=bfloat16 for less traffic"
+        )
     open_width = recipe.model.match is not None or recipe.model.match_params is not None
     d_model = None if open_width else recipe.model.d_model
     recipe.model.mixer = check_mixers(recipe.model.mixer, "model.mixer", d_model)

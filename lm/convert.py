@@ -26,8 +26,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.tokenizers import EOD_TOKENS, JsonTokenizer
+from lm.checkpoint import folder_of, save
 from lm.config import ConfigError, Recipe, check_recipe
-from lm.run import LAST, build_decoder, environment, save_recipe
+from lm.run import build_decoder, environment, save_recipe
 
 DESCRIPTION = """\
 Turn a published Mamba or Mamba-2 checkpoint into a run folder.
@@ -390,7 +391,7 @@ def convert(folder: Path, run: Path) -> str:
             )
             if tokenizer is not None:
                 tokenizer.save(whole)
-            torch.save(checkpoint, whole / "checkpoints" / LAST)
+            save(checkpoint, folder_of(whole, 0))
             whole.rename(run)
     except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
         raise ConfigError(f"--to {run}: it cannot be written: {str(error).splitlines()[0]}") from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -171,11 +171,9 @@ class Decoder(nn.Module):
         tie_embeddings: bool = True,
         dropout: float = 0.0,
         init_std: float = 0.02,
-        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.init_std = init_std
-        self.activation_checkpointing = activation_checkpointing
         specs = [mixer] if isinstance(mixer, (str, Mapping)) else list(mixer)
         if mlp_width is None:
             mlp_width = default_mlp_width(d_model, mlp)
@@ -215,10 +213,7 @@ class Decoder(nn.Module):
         """
         x = self.dropout(self.embedding(input_ids))  # (B, T, D)
         for block in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, segment_ids, use_reentrant=False)
-            else:
-                x = block(x, segment_ids, watched)
+            x = block(x, segment_ids, watched)
         x = self.norm(x)
         if labels is None:
             return F.linear(x, self._head_weight())  # (B, T, V)
@@ -248,8 +243,8 @@ class Decoder(nn.Module):
             after.append(state)
         return F.linear(self.norm(x), self._head_weight()), after
 
-    def initialize(self, seed: int) -> None:
-        """Draws every parameter anew. A module's values depend on (seed, its name) alone.
+    def initialize(self, seed: int, only: Container[nn.Module] | None = None) -> None:
+        """Draws every parameter anew, or those of the modules in `only`. Values depend on (seed, name) alone.
 
         Linear maps and the embedding: normal with `init_std`, those whose output is added to the residual
         stream divided by sqrt(number of such additions) (Radford et al., GPT-2). Biases: 0. The rest is up to
@@ -257,7 +252,9 @@ class Decoder(nn.Module):
         """
         residual = [p for block in self.layers for p in block.residual_projections()]
         modules = [
-            (n, m) for n, m in self.named_modules() if next(m.parameters(recurse=False), None) is not None
+            (name, module)
+            for name, module in self.named_modules()
+            if (only is None or module in only) and next(module.parameters(recurse=False), None) is not None
         ]
         for name, module in reversed(modules):  # children first, so that a mixer has the last word on its own
             with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,16 +15,17 @@ from lm.config import Recipe
 from lm.describe import si, size
 from lm.optim import build_optimizer
 from lm.precision import to_bf16
+from lm.processes import local_devices
 from lm.run import make_data, new_run_dir
 from lm.training import accelerator, make_decoder
 
 
-def dry_run(recipe: Recipe, console: Console) -> None:
+def dry_run(recipe: Recipe, console: Console, command: Sequence[str]) -> None:
     """Prints parameters by group, FLOPs per token, memory and the run folder. Touches no data, writes nothing."""
     device, batch = "cpu", recipe.trainer.batch_size
     if recipe.strategy.accelerator == "gpu" and not torch.cuda.is_available():
         console.print("no GPU here: one row, uncompiled, on the CPU instead", highlight=False)
-        recipe = replace(recipe, trainer=replace(recipe.trainer, compile=False))
+        recipe = replace(recipe, strategy=replace(recipe.strategy, compile=False))
         batch = 1
     elif accelerator(recipe) == "gpu":
         device = "cuda"
@@ -66,11 +69,32 @@ def dry_run(recipe: Recipe, console: Console) -> None:
         "memory": f"weights {size(weights)}, gradients {size(weights)}, optimiser {size(2 * weights)}, "
         f"kept for the backward pass of {batch} rows {size(kept.bytes)}",
         "outputs would go to": str(new_run_dir(recipe)),
+        **launch_lines(recipe, command),
     }
     if device == "cuda":
         rows["peak on the GPU"] = size(torch.cuda.max_memory_allocated())
     for what, text in rows.items():
         console.print(f"[bold]{what}[/bold]: {text}", highlight=False, soft_wrap=True)
+
+
+def launch_lines(recipe: Recipe, command: Sequence[str]) -> dict[str, str]:
+    """How to start the run: `command` is the program with its arguments, `python` and --dry-run apart."""
+    line, nodes = shlex.join(command), recipe.strategy.num_nodes
+    devices = local_devices(recipe.strategy)
+    if nodes == 1:
+        many = (
+            {"with torchrun": f"torchrun --standalone --nproc-per-node {devices} {line}"}
+            if devices > 1
+            else {}
+        )
+        return {"start it with": f"python {line}", **many}
+    per_node = str(recipe.strategy.devices) if recipe.strategy.devices != "auto" else "gpu"
+    tasks = str(recipe.strategy.devices) if recipe.strategy.devices != "auto" else "GPUS"
+    return {
+        "start it on every machine with": f"torchrun --nnodes {nodes} --nproc-per-node {per_node} "
+        f"--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 {line}",
+        "or under SLURM with": f"srun --nodes {nodes} --ntasks-per-node {tasks} --gpus-per-node {tasks} python {line}",
+    }
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):

@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lm.run import load_decoder, load_run_tokenizer  # after --help: reading runs imports the data stack
 
     try:
-        decoder, _ = load_decoder(args.run, args.device, f"{args.checkpoint}.ckpt")
+        decoder, _ = load_decoder(args.run, args.device, args.checkpoint)
         tokenizer = load_run_tokenizer(args.run)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -21,8 +23,8 @@ class TokenMetrics(Metric):
     correct: Tensor
     text_bytes: Tensor
 
-    def __init__(self, token_bytes: Tensor | None = None):
-        super().__init__()
+    def __init__(self, token_bytes: Tensor | None = None, **options: Any):
+        super().__init__(**options)
         self.set_dtype(torch.float64)
         self.token_bytes = token_bytes
         for name in ("nll", "labelled", "correct", "text_bytes"):
@@ -37,6 +39,16 @@ class TokenMetrics(Metric):
         if self.token_bytes is not None:
             self.token_bytes = self.token_bytes.to(labels.device)
             self.text_bytes += self.token_bytes[labels.clamp(min=0)].mul(is_labelled).sum()
+
+    def sum_over_ranks(self) -> None:
+        """Makes these the sums over all processes of the run, at once and in place."""
+        if not dist.is_initialized():
+            return
+        names = ("nll", "labelled", "correct", "text_bytes")
+        sums = torch.stack([getattr(self, name) for name in names])
+        dist.all_reduce(sums)
+        for name, value in zip(names, sums, strict=True):
+            setattr(self, name, value)
 
     def compute(self) -> dict[str, Tensor]:
         """loss (nats per labelled position), perplexity, accuracy, and bits_per_byte where bytes are known."""

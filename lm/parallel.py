@@ -1,29 +1,226 @@
-"""What is done to a decoder for speed and memory."""
+"""What is done to a decoder for speed, memory and many devices, and how Lightning saves and loads its shards."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch._dynamo
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lm.config import TrainerConfig
+from lm.checkpoint import CheckpointFolders, Pieces, read, save, shard_rows
+from lm.config import ConfigError, StrategyConfig
 from lm.decoder import Decoder
+from lm.processes import World
 
 
-def parallelize(decoder: Decoder, config: TrainerConfig) -> None:
-    """Applies activation checkpointing and compilation to each block, in place.
+def parallelize(decoder: Decoder, mesh: DeviceMesh | None, strategy: StrategyConfig, seed: int) -> None:
+    """Applies activation checkpointing, compilation and sharding, in place, and draws the initial weights.
 
-    In place keeps the names in the state dict; a wrapper would add `_orig_mod` to them.
+    In place keeps the names in the state dict; wrappers would add to them.
+
+    Args:
+        decoder: not yet initialised; on the meta device if there is a mesh.
+        mesh: the devices to shard over, ("shard",) or ("replicate", "shard"); None: the decoder stays whole.
+            With it only one block at a time is ever whole on a rank.
+        strategy: what to apply.
+        seed: of the initial weights, which are the same on any mesh.
     """
-    decoder.activation_checkpointing = config.activation_checkpointing
-    if config.compile:
+    if strategy.activation_checkpointing != "none":
+        for block in decoder.layers:
+            _recompute(block, selective=strategy.activation_checkpointing == "selective")
+    if strategy.compile:
         # Every kind of mixer, and training and validation, is a graph of its own of the blocks' one method.
         kinds = len({type(block.mixer) for block in decoder.layers})
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * kinds)
-        for block in decoder.blocks:
+        for block in decoder.layers:
             block.compile()
+    if mesh is None:
+        decoder.initialize(seed)
+    else:
+        _shard(decoder, mesh, strategy, seed)
+
+
+def _shard(decoder: Decoder, mesh: DeviceMesh, strategy: StrategyConfig, seed: int) -> None:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    shard = functools.partial(
+        fully_shard,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=dtypes[strategy.param_dtype], reduce_dtype=dtypes[strategy.reduce_dtype]
+        ),
+        offload_policy=CPUOffloadPolicy() if strategy.cpu_offload else OffloadPolicy(),
+    )
+    in_blocks = set(decoder.blocks.modules())
+    around = [module for module in decoder.modules() if module not in in_blocks]
+    parts: list[tuple[nn.Module, list[nn.Module]]] = [
+        (block, list(block.modules())) for block in decoder.layers
+    ]
+    for part, modules in [*parts, (decoder, around)]:
+        for module in modules:
+            if buffers := [name for name, _ in module.named_buffers(recurse=False)]:
+                raise ConfigError(
+                    f"strategy.name = fsdp: {type(module).__name__} has the buffer {buffers[0]!r}, whose values would "
+                    "be lost; make it in forward, or a parameter that reset_parameters() fills"
+                )
+            # Drawn on the CPU, so that the values are the same on every device.
+            module.to_empty(device="cpu", recurse=False)
+        decoder.initialize(seed, set(modules))
+        shard(part)
+    # Generating text calls these without going through forward.
+    register_fsdp_forward_method(decoder, "extend")
+    for block in decoder.layers:
+        register_fsdp_forward_method(block, "extend")
+
+
+_KEPT_NAMESPACES = ("mixerlab",)
+_KEPT_NAMES = ("scaled_dot_product", "flex_attention")
+
+
+def _recompute(block: nn.Module, selective: bool) -> None:
+    """Makes `block` keep its input alone for the backward pass, and perhaps the outputs of what mixes over time."""
+    forward = block.forward
+
+    def keep_what_mixes(ctx, operator, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = getattr(operator, "__name__", "") or str(operator)
+        own = getattr(operator, "namespace", None) in _KEPT_NAMESPACES
+        kept = own or any(part in name for part in _KEPT_NAMES)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_what_mixes)
+
+    def recomputed(x: Tensor, segment_ids: Tensor | None = None, watched: Any = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(x, segment_ids, watched)
+        return checkpoint(forward, x, segment_ids, watched, **options)
+
+    block.forward = recomputed
+
+
+def make_mesh(strategy: StrategyConfig, world: World, device_type: str) -> DeviceMesh | None:
+    """The devices that fsdp shards over; None for every other strategy. Raises ConfigError."""
+    if strategy.name != "fsdp":
+        return None
+    if world.size % strategy.replicate:
+        raise ConfigError(
+            f"strategy.replicate = {strategy.replicate}: it must divide the number of devices, {world.size}"
+        )
+    if strategy.replicate == 1:
+        return init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
+    shape = (strategy.replicate, world.size // strategy.replicate)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def lightning_strategy(strategy: StrategyConfig, world: World, device: torch.device) -> Strategy:
+    """Lightning's side of the recipe's strategy."""
+    timeout = timedelta(seconds=strategy.timeout + 60)
+    if strategy.name == "fsdp":
+        return ShardedStrategy(world, data_parallel_size=world.size, tensor_parallel_size=1, timeout=timeout)
+    if world.size > 1:
+        return CopiedStrategy(
+            world, checkpoint_io=CheckpointFolders(), timeout=timeout, gradient_as_bucket_view=True
+        )
+    return SingleDeviceStrategy(device, checkpoint_io=CheckpointFolders())
+
+
+class CopiedStrategy(DDPStrategy):
+    """DDP whose ranks all learn it when rank 0 cannot write a checkpoint."""
+
+    def __init__(self, world: World, **options: Any):
+        super().__init__(**options)
+        self.world = world
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        save(checkpoint, filepath, self.world)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 with checkpoints of ours: a file per rank, checksummed, readable on any number of ranks."""
+
+    def __init__(self, world: World, **options: Any):
+        super().__init__(**options)
+        self.world = world
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def model_to_device(self) -> None:
+        """The shards are where they belong, which with cpu_offload is not the device."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        save(checkpoint, filepath, self.world)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return read(checkpoint_path, whole=False)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        saved = {
+            name: _piece(value, name, self.lightning_module)
+            for name, value in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(saved, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                number: {key: _like(value, parameters[number]) for key, value in values.items()}
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+
+def _piece(value: Any, name: str, module: nn.Module) -> Any:
+    try:
+        return _like(value, module.get_parameter(name))
+    except AttributeError:  # a buffer
+        return value
+
+
+def _like(value: Any, parameter: Tensor) -> Any:
+    """What of a saved tensor belongs into `parameter`'s shard, if it has the parameter's shape."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, (Tensor, Pieces)):
+        return value
+    if tuple(value.shape) != tuple(parameter.shape):
+        return value
+    first, last = shard_rows(parameter)
+    rows = value.rows(first, last) if isinstance(value, Pieces) else value[first:last]
+    local = rows.to(parameter.to_local().device, copy=True)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def keep_freed_memory() -> None:

@@ -3,7 +3,7 @@
 runs/<recipe name>/<run id>/
     recipe.yaml         the whole recipe; training from it repeats the run
     environment.json    versions, device, git commit
-    checkpoints/        last.ckpt, best.ckpt
+    checkpoints/        a folder for each of the last few and the best: see lm/checkpoint.py
     data.fingerprint    tells whether the data have changed since
     tokenizer.json      where the data has a tokenizer
     metrics.csv         step, metric, value
@@ -27,18 +27,27 @@ import torch
 from filelock import FileLock, Timeout
 
 from data import DataModule, TextTokenizer, build_data, data_config, load_tokenizer
+from lm.checkpoint import list_checkpoints, named_checkpoint, read, read_meta
 from lm.config import HORIZONS, ConfigError, Recipe, differing_keys, load_recipe, to_dict, to_yaml
 from lm.decoder import Decoder
 from lm.precision import to_bf16
 
-LAST, BEST = "last.ckpt", "best.ckpt"
-
 DATA = "data.fingerprint"
 
-MAY_CHANGE = (
-    *(f"trainer.{key}" for key in (*HORIZONS, "val_every", "val_batches", "checkpoint_every", "num_workers")),
-    "logging.",
+PLACE = (
     "strategy.",
+    *(f"trainer.{key}" for key in ("batch_size", "accumulate", "num_workers", "max_time")),
+)
+"""Keys that say where and for how long a run trains, not what; the rows of a step must stay as many."""
+
+MAY_CHANGE = (
+    *(
+        f"trainer.{key}"
+        for key in (*HORIZONS, "val_every", "val_batches", "checkpoint_every", "keep_checkpoints")
+    ),
+    "trainer.on_non_finite",
+    "logging.",
+    *PLACE,
 )
 """Keys that a resumed run may have otherwise than before. Of the rest, some decide what was learnt already, and
 the optimiser's would be overwritten by its saved state."""
@@ -119,10 +128,12 @@ def find_resumable(recipe: Recipe) -> Path | None:
         return run
     folder = Path(recipe.logging.dir) / str(recipe.name)
     for run in sorted(folder.glob("*/"), key=lambda path: path.name, reverse=True):
-        unfinished = (run / "checkpoints" / LAST).is_file() and not (run / "result.json").exists()
+        unfinished = list_checkpoints(run) and not (run / "result.json").exists()
         if unfinished and (run / "recipe.yaml").is_file() and not _is_locked(run):
             try:
-                same = not _differences(run, recipe)
+                same = all(
+                    key.startswith((*PLACE, "trainer.on_non_finite")) for key, *_ in _differences(run, recipe)
+                )
             except ConfigError:  # of an older version, or with a plug-in that has gone
                 continue
             if same:
@@ -166,26 +177,27 @@ def check_run(run: Path) -> None:
         raise ConfigError(f"run folder {run}: {found}; expected runs/<recipe name>/<run id>")
     if inside := sorted(run.glob("*/recipe.yaml")):
         raise ConfigError(f"run folder {run}: it holds several runs; did you mean {inside[-1].parent}?")
-    for part in ("recipe.yaml", f"checkpoints/{LAST}"):
-        if not (run / part).is_file():
-            raise ConfigError(f"run folder {run}: it has no {part}, so there is nothing to load")
+    if not (run / "recipe.yaml").is_file():
+        raise ConfigError(f"run folder {run}: it has no recipe.yaml, so there is nothing to load")
+    if not list_checkpoints(run):
+        raise ConfigError(f"run folder {run}: it has no checkpoints/step-*, so there is nothing to load")
 
 
-def load_decoder(run: Path, device: str = "cpu", checkpoint: str = LAST) -> tuple[Decoder, Recipe]:
-    """The trained decoder of a run, in evaluation mode, and its recipe. Raises ConfigError."""
+def load_decoder(run: Path, device: str = "cpu", checkpoint: str = "last") -> tuple[Decoder, Recipe]:
+    """The trained decoder of a run, in evaluation mode, and its recipe.
+
+    `checkpoint` is "last", "best" or a step; it may be of any number of ranks. Raises ConfigError.
+    """
     check_run(run)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device = {device!r}: no CUDA device is available here; expected cpu")
     recipe = load_run_recipe(run)
-    path = run / "checkpoints" / checkpoint
-    if not path.is_file():
-        raise ConfigError(f"checkpoint {path}: no such file; that run has {LAST} alone")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
-        raise unreadable(path, error) from error
+    folder = named_checkpoint(run, checkpoint)
+    check_recipe_of(folder, recipe)
     weights = {
-        key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")
+        key.removeprefix("decoder."): value
+        for key, value in read(folder)["state_dict"].items()
+        if key.startswith("decoder.")
     }
     decoder = build_decoder(recipe, vocab_size=weights["embedding.weight"].shape[0])
     if recipe.trainer.precision == "bf16-true":
@@ -194,10 +206,15 @@ def load_decoder(run: Path, device: str = "cpu", checkpoint: str = LAST) -> tupl
     return decoder.to(device).eval(), recipe
 
 
-def unreadable(checkpoint: Path, error: Exception) -> ConfigError:
-    """The message for a checkpoint that torch cannot load."""
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return ConfigError(f"checkpoint {checkpoint} cannot be read, it must be damaged: {reason}")
+def check_recipe_of(folder: Path, recipe: Recipe) -> None:
+    """Raises ConfigError where a checkpoint is of another model than the recipe's, as one copied by mistake."""
+    saved = read_meta(folder).get("recipe")
+    if saved is None:
+        return
+    differing = list(differing_keys(saved["model"], to_dict(recipe)["model"], "model"))
+    if differing:
+        listed = "; ".join(f"{key} is {a!r} there and {b!r} in the recipe" for key, a, b in differing)
+        raise ConfigError(f"checkpoint {folder} is of another recipe: {listed}. Remove it from this run")
 
 
 def make_data(recipe: Recipe) -> DataModule:

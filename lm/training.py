@@ -6,7 +6,12 @@ import json
 import logging
 import math
 import os
+import signal
+import sys
+import traceback
 import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,38 +21,46 @@ os.environ.setdefault(
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from rich.console import Console
+from torch.distributed.device_mesh import DeviceMesh
 
-from data import DataModule
+from data import DataError, DataModule
+from kernels.backend import BackendError
 from lm.batches import Loaders
 from lm.callbacks import (
+    Checkpoints,
     CSVMetrics,
-    LastCheckpoint,
+    InterruptedRun,
+    Interruptions,
     Metrics,
+    PendingValidation,
+    Pulse,
     SampleText,
     StepProgress,
     StopAtTheEnd,
     as_markdown_block,
 )
+from lm.checkpoint import last_checkpoint, read_meta
 from lm.config import ConfigError, Recipe, differing_keys, to_dict, to_yaml
 from lm.decoder import Decoder
+from lm.diagnosis import OutOfMemoryError, explain, is_out_of_memory, memory_advice
 from lm.module import LanguageModel
-from lm.parallel import keep_freed_memory, parallelize
+from lm.parallel import keep_freed_memory, lightning_strategy, make_mesh, parallelize
 from lm.precision import BF16Weights
+from lm.processes import HangWatch, World, start
 from lm.run import (
-    BEST,
     DATA,
-    LAST,
     build_decoder,
+    check_recipe_of,
     create_run,
     find_resumable,
     load_run_recipe,
     lock_run,
     make_data,
     save_recipe,
-    unreadable,
 )
 
 
@@ -59,24 +72,28 @@ class Result:
     sample: str
 
 
-def make_decoder(recipe: Recipe, vocab_size: int) -> Decoder:
-    """The recipe's decoder, initialised, with checkpointing and compilation as the recipe says."""
-    decoder = build_decoder(recipe, vocab_size)
-    decoder.initialize(recipe.seed)
-    parallelize(decoder, recipe.trainer)
+def make_decoder(recipe: Recipe, vocab_size: int, mesh: DeviceMesh | None = None) -> Decoder:
+    """The recipe's decoder, initialised, and checkpointed, compiled and sharded as the recipe says."""
+    with torch.device("meta") if mesh is not None else nullcontext():
+        decoder = build_decoder(recipe, vocab_size)
+    parallelize(decoder, mesh, recipe.strategy, recipe.seed)
     return decoder
 
 
-def count_steps(recipe: Recipe, n_rows: int, seq_len: int) -> int:
+def rows_per_step(recipe: Recipe, n_devices: int) -> int:
+    """Rows of an optimiser step, over all devices and micro-batches."""
+    return recipe.trainer.batch_size * recipe.trainer.accumulate * n_devices
+
+
+def count_steps(recipe: Recipe, n_rows: int, seq_len: int, n_devices: int = 1) -> int:
     """Optimiser steps of the run: the recipe's steps, epochs or tokens, rounded up."""
-    trainer = recipe.trainer
-    rows_per_step = trainer.batch_size * trainer.accumulate
+    trainer, rows = recipe.trainer, rows_per_step(recipe, n_devices)
     if trainer.steps is not None:
         return trainer.steps
     if trainer.epochs is not None:
-        return math.ceil(trainer.epochs * n_rows / rows_per_step)
+        return math.ceil(trainer.epochs * n_rows / rows)
     assert trainer.tokens is not None
-    return math.ceil(trainer.tokens / (rows_per_step * seq_len))
+    return math.ceil(trainer.tokens / (rows * seq_len))
 
 
 def accelerator(recipe: Recipe) -> str:
@@ -89,88 +106,209 @@ def accelerator(recipe: Recipe) -> str:
     return "gpu" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def train(recipe: Recipe, console: Console) -> Result:
+def run_recipe(recipe: Recipe, console: Console, command: Sequence[str]) -> int:
+    """Trains on all devices of the recipe and prints what came of it; returns the exit code.
+
+    `command` is the command line that started this process, for further ones. Raises ConfigError and DataError, once
+    for all processes, for what the user should mend before training.
+    """
+    world = start(recipe.strategy, command)
+    if world.rank:
+        console.quiet = True
+        logging.getLogger("mixerlab").setLevel(logging.ERROR)
+    code = 1
+    try:
+        result = train(recipe, console, world)
+        if world.rank == 0:
+            report(result, recipe, console)
+        code = 0
+    except InterruptedRun as stop:
+        console.print(
+            f"stopped: {stop}; a checkpoint is written, continue with the same command and resume=auto"
+        )
+        code = 128 + signal.SIGINT if stop.signum == signal.SIGINT else INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted; continue with the same command and resume=auto", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except Exception as error:
+        known = explain(error)
+        code = 2 if isinstance(error, (BackendError, ConfigError, DataError)) else 1
+        if world.rank and not world.all_raised:
+            print(f"rank {world.rank}: {known or traceback.format_exc()}", file=sys.stderr)
+        elif not world.rank and known is None:
+            raise
+        elif not world.rank:
+            print(f"{'error' if code == 2 else 'stopped'}: {known}", file=sys.stderr)
+    finally:
+        world.close(failed=code not in (0, INTERRUPTED, 128 + signal.SIGINT))
+    return code
+
+
+INTERRUPTED = 75
+"""Exit code of a run that was asked to end and can be continued: EX_TEMPFAIL of sysexits.h."""
+
+
+def train(recipe: Recipe, console: Console, world: World | None = None) -> Result:
     """Trains, or continues where `resume` says; returns what was reached.
 
-    Raises ConfigError and DataError before training, NonFiniteError in it.
+    `world` is this process among all that train, which call this alike. Raises ConfigError and DataError before
+    training, and in it NonFiniteError, OutOfMemoryError, InterruptedRun and CheckpointError.
     """
     quiet_libraries()
+    world = world or World()
     kind = accelerator(recipe)
+    device = torch.device("cuda", world.local_rank) if kind == "gpu" else torch.device("cpu")
     if kind == "cpu":
         keep_freed_memory()
+    else:
+        torch.cuda.set_device(device)
+    resumed, checkpoint = world.ask_main(lambda: _find_start(recipe, console))
+    first_step = read_meta(checkpoint)["global_step"] if checkpoint else 0
+    data = make_data(recipe)
+    world.ask_main(data.prepare)
+    if world.rank and world.local_rank == 0:
+        data.prepare()  # on this machine, unless the cache's folder is shared
+    world.connect(device, recipe.strategy.timeout)
+    world.gather(None)  # every machine is ready
+    data.setup()
+    steps = count_steps(recipe, len(data.train_dataset()), data.seq_len, world.size)
+    run = world.ask_main(
+        lambda: _open_run(recipe, resumed, checkpoint, data, first_step, steps, world, console)
+    )
+    lock = lock_run(run) if world.rank == 0 else None
+    try:
+        result = _fit(recipe, run, checkpoint, data, first_step, steps, world, device, console)
+    finally:
+        if lock is not None:
+            lock.release()
+    return result
+
+
+def _find_start(recipe: Recipe, console: Console) -> tuple[Path | None, Path | None]:
+    """The run to continue and its checkpoint; None where a new run starts."""
     resumed = find_resumable(recipe)
     if resumed is None and recipe.resume == "auto":
         console.print(
             f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one",
             soft_wrap=True,
         )
-    checkpoint = resumed / "checkpoints" / LAST if resumed else None
-    first_step = _step_of(checkpoint) if checkpoint else 0
-    data = make_data(recipe)
-    data.prepare()
-    data.setup()
-    steps = count_steps(recipe, len(data.train_dataset()), data.seq_len)
+    checkpoint = last_checkpoint(resumed) if resumed else None
+    if checkpoint is not None:
+        check_recipe_of(checkpoint, recipe)
+    return resumed, checkpoint
+
+
+def _open_run(
+    recipe: Recipe,
+    resumed: Path | None,
+    checkpoint: Path | None,
+    data: DataModule,
+    first_step: int,
+    steps: int,
+    world: World,
+    console: Console,
+) -> Path:
+    """The run folder, made or checked, with the recipe and the tokenizer in it."""
     if resumed is None:
         run = create_run(recipe)
     else:
         run = resumed
+        lock_run(run).release()  # raises if another process trains it
+        assert checkpoint is not None
         _check_continuation(run, data, first_step, steps)
+        _check_rows(run, read_meta(checkpoint).get("rows_per_step"), recipe, world)
         _say_what_differs(run, recipe, first_step, console)
         (run / "result.json").unlink(missing_ok=True)
         save_recipe(run, recipe)
-    lock = lock_run(run)
     data.save_tokenizer(run)
     (run / DATA).write_text(data.fingerprint + "\n")
+    return run
 
-    decoder = make_decoder(recipe, data.vocab_size)
-    module = LanguageModel(recipe, decoder, steps, data.token_bytes, tuple(data.val_datasets()))
-    watchers = _watchers(recipe, run, data, decoder, console)
-    tensorboard = TensorBoardLogger(
-        run, name="", version="", default_hp_metric=False, purge_step=first_step + 1 if first_step else None
-    )
+
+def _fit(
+    recipe: Recipe,
+    run: Path,
+    checkpoint: Path | None,
+    data: DataModule,
+    first_step: int,
+    steps: int,
+    world: World,
+    device: torch.device,
+    console: Console,
+) -> Result:
+    mesh = make_mesh(recipe.strategy, world, device.type)
+    decoder = make_decoder(recipe, data.vocab_size, mesh)
+    module = LanguageModel(recipe, decoder, steps, data.token_bytes, tuple(data.val_datasets()), world, run)
+    watch = HangWatch(world, recipe.strategy.timeout)
+    watchers = _watchers(recipe, run, data, decoder, console, world, watch)
+    loggers: list[Logger] = []
+    if world.rank == 0:
+        purge = first_step + 1 if first_step else None
+        loggers = [
+            TensorBoardLogger(run, name="", version="", default_hp_metric=False, purge_step=purge),
+            CSVMetrics(run, first_step),
+        ]
     trainer = L.Trainer(
-        accelerator=kind,
-        devices=recipe.strategy.devices,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=world.devices,
+        num_nodes=world.nodes,
+        strategy=lightning_strategy(recipe.strategy, world, device),
         max_steps=steps,
         max_epochs=-1,
         accumulate_grad_batches=recipe.trainer.accumulate,
         val_check_interval=recipe.trainer.val_every * recipe.trainer.accumulate,
         check_val_every_n_epoch=None,
-        limit_val_batches=recipe.trainer.val_batches,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        logger=[tensorboard, CSVMetrics(run, first_step)],
+        enable_checkpointing=True,
+        logger=loggers,
         callbacks=watchers,
-        **_precision(recipe, kind),
+        plugins=[*_precision(recipe, device), *([world.environment] if world.environment else [])],
     )
     millions = sum(p.numel() for p in decoder.parameters()) / 1e6
-    rows = recipe.trainer.batch_size * recipe.trainer.accumulate
+    on = (
+        f"{world.size} {device.type} processes" if world.size > 1 else {"cuda": "gpu"}.get(device.type, "cpu")
+    )
+    if recipe.strategy.name == "fsdp" or world.size > 1:
+        on += f" ({'fsdp' if mesh is not None else 'ddp'})"
     console.print(
-        f"{recipe.name}: {millions:.2f}M parameters, {steps:,} steps of {rows} x {data.seq_len} tokens on {kind}\n"
-        f"run folder {run}",
+        f"{recipe.name}: {millions:.2f}M parameters, {steps:,} steps of {rows_per_step(recipe, world.size)} x "
+        f"{data.seq_len} tokens on {on}\nrun folder {run}",
         highlight=False,
         soft_wrap=True,
     )
-    tensorboard.experiment.add_text("recipe", as_markdown_block(to_yaml(recipe)), first_step)
-    loaders = Loaders(data, recipe.trainer.batch_size, recipe.trainer.num_workers, recipe.seed)
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("recipe", as_markdown_block(to_yaml(recipe)), first_step)
+    loaders = Loaders(data, recipe.trainer, recipe.seed, first_step, world)
+    interruptions = next(watcher for watcher in watchers if isinstance(watcher, Interruptions))
+    interruptions.install()
     try:
         trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
-    trainer.save_checkpoint(run / "checkpoints" / LAST)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(memory_advice(recipe, trainer.global_step + 1, error)) from error
+        raise
+    finally:
+        interruptions.restore()
     final = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
         if not name.startswith("watch/")
     }
-    # Under a name of its own: TensorBoard writes these metrics as points too.
-    last = {name.replace("valid/", "final/", 1): value for name, value in final.items()}
-    tensorboard.log_hyperparams(_flat(to_dict(recipe)), last, step=trainer.global_step)
-    tensorboard.finalize("success")
-    (run / "result.json").write_text(json.dumps({"steps": trainer.global_step, **final}, indent=2) + "\n")
-    lock.release()
     sample = next((watcher.latest for watcher in watchers if isinstance(watcher, SampleText)), "")
+    if world.rank == 0:
+        # Under a name of its own: TensorBoard writes these metrics as points too.
+        last = {name.replace("valid/", "final/", 1): value for name, value in final.items()}
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(_flat(to_dict(recipe)), last, step=trainer.global_step)
+                logger.finalize("success")
+        result = json.dumps({"steps": trainer.global_step, **final}, indent=2)
+        (run / "result.json").write_text(result + "\n")
     return Result(run, trainer.global_step, final, sample)
 
 
@@ -191,20 +329,28 @@ def report(result: Result, recipe: Recipe, console: Console) -> None:
 
 
 def _watchers(
-    recipe: Recipe, run: Path, data: DataModule, decoder: Decoder, console: Console
+    recipe: Recipe,
+    run: Path,
+    data: DataModule,
+    decoder: Decoder,
+    console: Console,
+    world: World,
+    watch: HangWatch,
 ) -> list[Callback]:
+    """The callbacks, in the order in which they are called, but that Lightning calls `Checkpoints` last."""
     metrics = Metrics(recipe.logging.every, 3 * decoder.flops(data.seq_len) / data.seq_len)
-    watchers: list[Callback] = [metrics, StopAtTheEnd()]
+    checkpoints = Checkpoints(run, recipe.trainer, watch)
+    watchers: list[Callback] = [Pulse(watch), metrics, StopAtTheEnd()]
     if data.tokenizer is not None and recipe.logging.sample_tokens:
         watchers.append(
             SampleText(data.tokenizer, recipe.logging.sample_prompt, recipe.logging.sample_tokens)
         )
-    folder, every = run / "checkpoints", recipe.trainer.checkpoint_every
     return [
         *watchers,
-        ModelCheckpoint(folder, Path(BEST).stem, monitor="valid/loss", enable_version_counter=False),
-        LastCheckpoint(folder / LAST, every, recipe.trainer.val_every),
         StepProgress(metrics, console),
+        PendingValidation(recipe.trainer.val_every),
+        Interruptions(checkpoints, world, recipe.trainer.max_seconds(), console),
+        checkpoints,
     ]
 
 
@@ -222,10 +368,27 @@ def _check_continuation(run: Path, data: DataModule, first_step: int, steps: int
         )
 
 
-def _precision(recipe: Recipe, kind: str) -> dict:
+def _check_rows(run: Path, before: int | None, recipe: Recipe, world: World) -> None:
+    """Raises ConfigError where a step would have other rows than before."""
+    now = rows_per_step(recipe, world.size)
+    if before not in (None, now):
+        per_device = recipe.trainer.batch_size * world.size
+        fitting = (
+            f"trainer.accumulate={before // per_device}"
+            if before % per_device == 0
+            else f"a trainer.batch_size that divides {before // math.gcd(before, world.size)}"
+        )
+        raise ConfigError(
+            f"resume = {str(run)!r}: a step of that run has {before} rows, and here {now} (trainer.batch_size = "
+            f"{recipe.trainer.batch_size} x trainer.accumulate = {recipe.trainer.accumulate} x {world.size} devices); "
+            f"expected {fitting}, for as many"
+        )
+
+
+def _precision(recipe: Recipe, device: torch.device) -> list[Precision]:
     if recipe.trainer.precision == "bf16-true":
-        return {"plugins": [BF16Weights("cuda" if kind == "gpu" else "cpu")]}
-    return {"precision": {"32": "32-true", "bf16-mixed": "bf16-mixed"}[recipe.trainer.precision]}
+        return [BF16Weights(device.type)]
+    return [MixedPrecision("bf16-mixed", device.type)] if recipe.trainer.precision == "bf16-mixed" else []
 
 
 def _say_what_differs(run: Path, recipe: Recipe, first_step: int, console: Console) -> None:
@@ -234,13 +397,6 @@ def _say_what_differs(run: Path, recipe: Recipe, first_step: int, console: Conso
     for key, old, new in differing_keys(before, to_dict(recipe)):
         if key != "resume":
             console.print(f"  {key}: was {old!r}, now {new!r}", highlight=False)
-
-
-def _step_of(checkpoint: Path) -> int:
-    try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
-        raise unreadable(checkpoint, error) from error
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
@@ -263,6 +419,7 @@ def quiet_libraries() -> None:
         r".*does not have many workers which may be a bottleneck",  # rows come from a memory map
         r".*Checkpoint directory .* exists and is not empty",  # a resumed run's own
         r".*Found .* module\(s\) in eval mode at the start of training",
+        r".*It is recommended to use `self.log\(.*sync_dist=True",  # what is logged is summed over ranks already
         r".*The `srun` command is available on your system but is not used",
     ):
         warnings.filterwarnings("ignore", message=message)
