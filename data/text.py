@@ -422,23 +422,26 @@ class TokenRows(Rows):
         self.eod_id = eod_id
         self.seq_len = seq_len
         self.pack = pack
-        self._open()
-
-    def _open(self) -> None:
-        self.tokens = np.memmap(self.path.with_suffix(".tokens"), dtype=self.dtype, mode="r")  # (N,)
-        self.ends = np.memmap(self.path.with_suffix(".ends"), dtype=np.int64, mode="r")  # (documents,)
-
-    def __getstate__(self) -> dict[str, Any]:  # a memory map would be pickled whole
-        return {name: value for name, value in self.__dict__.items() if name not in ("tokens", "ends")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-    @property
-    def n_tokens(self) -> int:
+        self.n_tokens = self._file("tokens").stat().st_size // self.dtype().itemsize
         """N, ends of documents included."""
-        return len(self.tokens)
+        self.ends = np.fromfile(self._file("ends"), dtype=np.int64)  # (documents,)
+
+    def _file(self, suffix: str) -> Path:
+        return self.path.with_suffix(f".{suffix}")
+
+    def read(self, start: int, count: int) -> NDArray[np.integer]:
+        """Tokens [start, start + count), fewer at the end. Not by a memory map: a lost file would kill the process."""
+        count = min(count, self.n_tokens - start)
+        file = self._file("tokens")
+        try:
+            tokens = np.fromfile(file, self.dtype, count, offset=start * self.dtype().itemsize)
+        except OSError as error:
+            raise DataError(
+                f"data.cache_dir: {file} was there and cannot be read now: {error.strerror}"
+            ) from error
+        if len(tokens) < count:
+            raise DataError(f"data.cache_dir: {file} is shorter than it was; the next run makes it anew")
+        return tokens
 
     def __len__(self) -> int:
         return math.ceil((self.n_tokens - 1) / self.seq_len)  # the last token, an end, predicts nothing
@@ -447,7 +450,7 @@ class TokenRows(Rows):
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         T, start = self.seq_len, i * self.seq_len
-        window = self.tokens[start : start + T + 1].astype(np.int64)  # (T + 1,), less in the last row
+        window = self.read(start, T + 1).astype(np.int64)  # (T + 1,), less in the last row
         input_ids = np.full(T, self.eod_id)
         input_ids[: len(window)] = window[:T]
         labels = np.full(T, IGNORE)

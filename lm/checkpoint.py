@@ -62,9 +62,10 @@ def list_checkpoints(run: Path) -> list[Path]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a checkpoint. Raises CheckpointError."""
     try:
-        return json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder}: meta.json cannot be read: {error}") from None
+        meta = json.loads((folder / "meta.json").read_text())
+        return {**meta, "files": dict(meta["files"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {folder}: meta.json cannot be read: {error!r}") from None
 
 
 def last_checkpoint(run: Path) -> Path | None:

@@ -43,7 +43,7 @@ def first_non_finite(decoder: nn.Module, batches: list[dict[str, Tensor]], seeds
 
     def look(name: str, tensor: Tensor) -> None:
         if not found and not bool(torch.isfinite(tensor).all()):
-            found.append(f"the output of {name}")
+            found.append(name)
         if tensor.requires_grad:
             tensor.register_hook(lambda gradient: look_back(name, gradient))
 
@@ -53,8 +53,8 @@ def first_non_finite(decoder: nn.Module, batches: list[dict[str, Tensor]], seeds
         if bool(torch.isfinite(gradient).all()):
             passed.append(name)
         else:  # made by the module whose own output had a finite gradient still
-            by = f"the backward pass of {passed[-1]}" if passed else "the gradient of the loss"
-            found.append(f"{by}, as the gradient of the output of {name}")
+            by = f"the backward pass from {passed[-1]}" if passed else "the backward pass from the loss"
+            found.append(f"the gradient of {name}, in {by}")
 
     # Every rank goes through all of it, whatever it finds: sharded models run in step.
     with _watching(decoder, look), torch.compiler.set_stance("force_eager"):
@@ -73,7 +73,7 @@ def first_non_finite(decoder: nn.Module, batches: list[dict[str, Tensor]], seeds
 
 @contextmanager
 def _watching(module: nn.Module, look: Any) -> Iterator[None]:
-    """Calls look(name, tensor) with the floating-point outputs of every module inside, in order."""
+    """Calls look(what it is, tensor) with the floating-point outputs of every module inside, in order."""
 
     def hook_for(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -84,7 +84,7 @@ def _watching(module: nn.Module, look: Any) -> Iterator[None]:
         return hook
 
     hooks = [
-        child.register_forward_hook(hook_for(f"{name} ({type(child).__name__})"))
+        child.register_forward_hook(hook_for(f"the output of {name} ({type(child).__name__})"))
         for name, child in module.named_modules()
         if name
     ]

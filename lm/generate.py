@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
-        "--checkpoint", default="last", choices=["last", "best"], help="which weights (default: %(default)s)"
+        "--checkpoint", default="last", help="which weights: last, best or a step (default: %(default)s)"
     )
     parser.add_argument(
         "--device",

@@ -165,12 +165,13 @@ def train(recipe: Recipe, console: Console, world: World | None = None) -> Resul
     resumed, checkpoint = world.ask_main(lambda: _find_start(recipe, console))
     first_step = read_meta(checkpoint)["global_step"] if checkpoint else 0
     data = make_data(recipe)
-    world.ask_main(data.prepare)
+    world.ask_main(lambda: _prepare(data))
     if world.rank and world.local_rank == 0:
         data.prepare()  # on this machine, unless the cache's folder is shared
     world.connect(device, recipe.strategy.timeout)
     world.gather(None)  # every machine is ready
-    data.setup()
+    if world.rank:
+        data.setup()
     steps = count_steps(recipe, len(data.train_dataset()), data.seq_len, world.size)
     run = world.ask_main(
         lambda: _open_run(recipe, resumed, checkpoint, data, first_step, steps, world, console)
@@ -182,6 +183,14 @@ def train(recipe: Recipe, console: Console, world: World | None = None) -> Resul
         if lock is not None:
             lock.release()
     return result
+
+
+def _prepare(data: DataModule) -> None:
+    """All that can go wrong with the data, on one rank, so that it is said once."""
+    data.prepare()
+    data.setup()
+    data.train_dataset()
+    data.val_datasets()
 
 
 def _find_start(recipe: Recipe, console: Console) -> tuple[Path | None, Path | None]:

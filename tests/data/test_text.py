@@ -44,7 +44,7 @@ def documents(rows: Dataset) -> list[str]:
     """What the cache holds, document by document."""
     assert isinstance(rows, TokenRows)
     starts = [0, *rows.ends[:-1]]
-    tokens = [rows.tokens[a : b - 1] for a, b in zip(starts, rows.ends, strict=True)]
+    tokens = [rows.read(a, b - 1 - a) for a, b in zip(starts, rows.ends, strict=True)]
     return [bytes(t.astype(np.uint8)).decode() for t in tokens]
 
 
@@ -137,10 +137,16 @@ def test_worker_processes_read_what_the_main_process_does(corpus, tmp_path, cont
     assert torch.equal(labels, torch.stack([rows[i]["labels"] for i in range(len(rows))]))
 
 
-def test_tokens_are_mapped_not_loaded(corpus, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("loss", ["gone", "shorter"])
+def test_tokens_that_are_lost_while_in_use_are_named(corpus, tmp_path, workers, loss):
+    # A memory map of a file that got shorter would kill the process instead.
     rows = prepared(config(tmp_path, files=[f"{corpus}/*.txt"])).train_dataset()
-    assert isinstance(rows.tokens, np.memmap)
-    assert rows.tokens.dtype == np.uint16
+    assert rows.read(0, 1).dtype == np.uint16
+    file = rows.path.with_suffix(".tokens")
+    file.unlink() if loss == "gone" else file.write_bytes(file.read_bytes()[:9])
+    with pytest.raises(DataError, match=r"data\.cache_dir: .*train\.tokens (was there|is shorter)"):
+        list(DataLoader(rows, batch_size=4, num_workers=workers))
 
 
 # Splits
@@ -245,7 +251,7 @@ def test_a_long_document_is_tokenised_whole(tmp_path, monkeypatch):
     assert data.tokenizer is not None
     rows = data.train_dataset()
     assert len(rows.ends) == 1
-    assert rows.tokens[:-1].tolist() == data.tokenizer.encode(text)
+    assert rows.read(0, rows.n_tokens - 1).tolist() == data.tokenizer.encode(text)
 
 
 # Tokenizers
@@ -287,7 +293,7 @@ def test_labels_stand_for_the_bytes_of_the_text(corpus, tmp_path, tokenizer):
     for rows in (data.train_dataset(), data.val_datasets()["valid"]):
         assert isinstance(rows, TokenRows)
         labels = torch.cat([rows[i]["labels"] for i in range(len(rows))])
-        firsts = rows.tokens[[0, *rows.ends[:-1]]].astype(np.int64)
+        firsts = rows.read(0, rows.n_tokens)[[0, *rows.ends[:-1]]].astype(np.int64)
         total += int(data.token_bytes[labels[labels != IGNORE]].sum() + data.token_bytes[firsts].sum())
     assert total == sum(len(path.read_bytes()) for path in corpus.iterdir())
 

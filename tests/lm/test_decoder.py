@@ -326,19 +326,6 @@ def test_flops_are_those_of_the_matrix_products(layout):
     assert decoder.flops(time) - square == pytest.approx(2 * time * weights, rel=0.02)
 
 
-@pytest.mark.parametrize("mixer", ["sessa", *HYBRIDS])
-def test_activation_checkpointing_changes_no_gradient(mixer):
-    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
-    gradients = []
-    for checkpointing in (False, True):
-        decoder = build(mixer=mixer, activation_checkpointing=checkpointing).train()
-        torch.manual_seed(0)  # of gates that draw in training
-        decoder(ids, ids)[0].sum().backward()
-        gradients.append([p.grad for p in decoder.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
-
-
 def test_a_mixer_that_does_not_draw_its_parameters_is_named():
     decoder = build(mixer="identity")
     decoder.blocks[1].mixer.gain = torch.nn.Parameter(torch.ones(3))

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 import train
 from lm import generate
 from lm.batches import Batches
+from lm.checkpoint import best_checkpoint, last_checkpoint, list_checkpoints, read
 from lm.config import load_recipe
 from lm.module import LanguageModel
 from lm.run import build_decoder, lock_run, make_data
@@ -76,7 +77,8 @@ def test_the_run_folder_holds_everything(finished):
     run, _ = finished
     for name in ("recipe.yaml", "environment.json", "result.json", "metrics.csv", "tokenizer_config.json"):
         assert (run / name).is_file()
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000015", "step-00000020"]
+    assert best_checkpoint(run) == last_checkpoint(run) == run / "checkpoints" / "step-00000020"
     result = json.loads((run / "result.json").read_text())
     assert result["steps"] == 20
     assert result["valid/perplexity"] == pytest.approx(math.exp(result["valid/loss"]), rel=1e-5)
@@ -149,9 +151,11 @@ def test_text_is_generated_from_the_run_folder(finished, capsys):
 
 def test_generating_from_a_checkpoint_that_was_never_written_says_so(finished, tmp_path, capsys):
     run = shutil.copytree(finished[0], tmp_path / "run")
-    (run / "checkpoints" / "best.ckpt").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000020")  # the other one was not validated
     assert generate.main([str(run), "--checkpoint", "best"]) == 2
-    assert "best.ckpt: no such file; that run has last.ckpt alone\n" in capsys.readouterr().err
+    assert "none was validated; that run has checkpoints of steps 15\n" in capsys.readouterr().err
+    assert generate.main([str(run), "--checkpoint", "7"]) == 2
+    assert "no such checkpoint; that run has checkpoints of steps 15\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["--dry-run"]])
@@ -169,12 +173,20 @@ def test_generating_from_a_broken_run_says_what_is_wrong(finished, tmp_path, cap
         (run / "checkpoints").mkdir(parents=True)
         (run / "recipe.yaml").write_text((finished[0] / "recipe.yaml").read_text())
     if damage == "truncated":
-        whole = (finished[0] / "checkpoints" / "last.ckpt").read_bytes()
-        (run / "checkpoints" / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+        folder = shutil.copytree(
+            last_checkpoint(finished[0]), run / "checkpoints" / "step-00000020", dirs_exist_ok=True
+        )
+        whole = (folder / "state.ckpt").read_bytes()
+        (folder / "state.ckpt").write_bytes(whole[: len(whole) // 2])
     assert generate.main([str(run)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "last.ckpt" in error or "no such folder" in error
+    expected = {
+        "missing": "no checkpoints/step-",
+        "truncated": "state.ckpt has",
+        "no folder": "no such folder",
+    }
+    assert expected[damage] in error
 
 
 @pytest.mark.parametrize(
@@ -236,7 +248,7 @@ def test_a_resumed_run_keeps_its_best_checkpoint_and_its_curves(tmp_path, option
     interrupt(monkeypatch, arguments, step=12)
     assert train.main([*arguments, "resume=auto"]) == 0
     (run,) = run_dirs(tmp_path)
-    assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 10
+    assert read(best_checkpoint(run))["global_step"] == 10
     events = EventAccumulator(str(run)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
     assert [event.step for event in events.Scalars("valid/loss")] == [10, 20]
@@ -337,8 +349,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     assert "step 8" in error
     assert "lower optim.lr" in error
     run = run_dirs(tmp_path)[0]
-    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["global_step"] == 5
+    state = read(last_checkpoint(run))
+    assert state["global_step"] == 7
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
     assert not (run / "result.json").exists()
 
@@ -424,7 +436,7 @@ def test_low_precision_learns_and_keeps_gains_in_float32(tmp_path, options, prec
     run = run_dirs(tmp_path)[0]
     exact = json.loads(CURVE.read_text())["20"]
     assert metric(run, "train/loss")[20] == pytest.approx(exact, abs=0.15)
-    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    weights = read(last_checkpoint(run))["state_dict"]
     low = torch.bfloat16 if precision == "bf16-true" else torch.float32
     assert weights["decoder.blocks.0.mixer.proj_fb.weight"].dtype == low
     assert weights["decoder.blocks.0.mixer.gamma_bias"].dtype == torch.float32
@@ -433,7 +445,7 @@ def test_low_precision_learns_and_keeps_gains_in_float32(tmp_path, options, prec
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_curve(tmp_path, options):
-    assert train.main([TINY, *options, "trainer.compile=true"]) == 0
+    assert train.main([TINY, *options, "strategy.compile=true"]) == 0
     committed = {int(step): loss for step, loss in json.loads(CURVE.read_text()).items()}
     assert metric(run_dirs(tmp_path)[0], "train/loss") == pytest.approx(committed, abs=1e-3)
 
