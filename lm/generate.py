@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--device",
-        type=_device,
+        type=device_argument,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: %(default)s",
     )
@@ -185,7 +185,7 @@ def _at_least(kind: type, least: int):
     return parse
 
 
-def _device(text: str) -> str:
+def device_argument(text: str) -> str:
     try:
         return str(torch.device(text))
     except RuntimeError:

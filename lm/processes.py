@@ -82,18 +82,18 @@ class World:
             raise problem
         return answer
 
-    def connect(self, device: torch.device, timeout: float) -> None:
-        """Makes torch's process group: gloo for what lies on the CPU, NCCL for GPUs. `timeout` in seconds."""
-        if self.size == 1 or dist.is_initialized():
+    def connect(self, device: torch.device, strategy: StrategyConfig) -> None:
+        """Makes torch's process group, if it is needed: gloo for what lies on the CPU, NCCL for GPUs."""
+        if dist.is_initialized() or (self.size == 1 and strategy.name != "fsdp"):
             return
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore("group", self.store),
+            store=dist.HashStore() if self.size == 1 else dist.PrefixStore("group", self.store),
             rank=self.rank,
             world_size=self.size,
             # The watch below names the rank that hangs; it must come first.
-            timeout=timedelta(seconds=timeout + 60),
+            timeout=timedelta(seconds=strategy.timeout + 60),
             device_id=device if on_gpu else None,
         )
 

@@ -168,7 +168,7 @@ def train(recipe: Recipe, console: Console, world: World | None = None) -> Resul
     world.ask_main(lambda: _prepare(data))
     if world.rank and world.local_rank == 0:
         data.prepare()  # on this machine, unless the cache's folder is shared
-    world.connect(device, recipe.strategy.timeout)
+    world.connect(device, recipe.strategy)
     world.gather(None)  # every machine is ready
     if world.rank:
         data.setup()

@@ -207,7 +207,7 @@ def test_a_crash_while_writing_leaves_the_one_before(run, monkeypatch, instant):
             save(state(50), folder_of(run, 50))
     assert last_checkpoint(run) == folder_of(run, 40)
     save(state(50), folder_of(run, 50))  # over what the crash left
-    assert_same(read(last_checkpoint(run)), state(50))
+    assert_same(read(named_checkpoint(run, "last")), state(50))
 
 
 def test_nothing_but_plain_data_is_unpickled(run):

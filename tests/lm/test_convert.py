@@ -15,7 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from data.tokenizers import train_bpe
 from lm import generate
-from lm.checkpoint import last_checkpoint, read
+from lm.checkpoint import named_checkpoint, read
 from lm.config import load_recipe
 from lm.convert import main
 from lm.run import load_decoder, load_run_recipe, load_run_tokenizer
@@ -136,7 +136,7 @@ def test_the_run_generates_and_says_how(kind, checkpoint, tmp_path, capsys):
         generate.main([str(run), "--prompt", "the cat", "--max-new-tokens", "30", "--temperature", "5"]) == 0
     )
     assert capsys.readouterr().out.startswith("the cat")
-    state = read(last_checkpoint(run))
+    state = read(named_checkpoint(run, "last"))
     assert state["global_step"] == 0
     assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__
     assert list(run.parent.iterdir()) == [run]  # nothing else is left
@@ -185,7 +185,7 @@ def test_the_recipe_is_whole_and_trains_such_a_model(kind, checkpoint, tmp_path)
 def test_the_weights_can_be_trained_further(checkpoint, tmp_path):
     (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 200)
     run = convert(checkpoint["mamba2"], tmp_path / "run")
-    before = read(last_checkpoint(run))["state_dict"]
+    before = read(named_checkpoint(run, "last"))["state_dict"]
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["data"] |= {"source": "files", "files": [str(tmp_path / "a.txt")], "seq_len": 16}
     recipe["data"] |= {"cache_dir": str(tmp_path / "cache")}
@@ -193,7 +193,7 @@ def test_the_weights_can_be_trained_further(checkpoint, tmp_path):
     recipe["optim"] |= {"lr": 1e-6, "weight_decay": 0.0, "warmup_steps": 0}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert train([str(run / "recipe.yaml"), f"resume={run}"]) == 0
-    after = read(last_checkpoint(run))
+    after = read(named_checkpoint(run, "last"))
     assert after["global_step"] == 2
     for name, tensor in after["state_dict"].items():
         assert 0 < (tensor - before[name]).abs().max() <= 1e-5, name  # two small steps from there

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 import train
 from lm import generate
 from lm.batches import Batches
-from lm.checkpoint import best_checkpoint, last_checkpoint, list_checkpoints, read
+from lm.checkpoint import best_checkpoint, last_checkpoint, list_checkpoints, named_checkpoint, read
 from lm.config import load_recipe
 from lm.module import LanguageModel
 from lm.run import build_decoder, lock_run, make_data
@@ -174,7 +174,7 @@ def test_generating_from_a_broken_run_says_what_is_wrong(finished, tmp_path, cap
         (run / "recipe.yaml").write_text((finished[0] / "recipe.yaml").read_text())
     if damage == "truncated":
         folder = shutil.copytree(
-            last_checkpoint(finished[0]), run / "checkpoints" / "step-00000020", dirs_exist_ok=True
+            named_checkpoint(finished[0], "last"), run / "checkpoints" / "step-00000020", dirs_exist_ok=True
         )
         whole = (folder / "state.ckpt").read_bytes()
         (folder / "state.ckpt").write_bytes(whole[: len(whole) // 2])
@@ -248,7 +248,7 @@ def test_a_resumed_run_keeps_its_best_checkpoint_and_its_curves(tmp_path, option
     interrupt(monkeypatch, arguments, step=12)
     assert train.main([*arguments, "resume=auto"]) == 0
     (run,) = run_dirs(tmp_path)
-    assert read(best_checkpoint(run))["global_step"] == 10
+    assert read(named_checkpoint(run, "best"))["global_step"] == 10
     events = EventAccumulator(str(run)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
     assert [event.step for event in events.Scalars("valid/loss")] == [10, 20]
@@ -349,7 +349,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     assert "step 8" in error
     assert "lower optim.lr" in error
     run = run_dirs(tmp_path)[0]
-    state = read(last_checkpoint(run))
+    state = read(named_checkpoint(run, "last"))
     assert state["global_step"] == 7
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
     assert not (run / "result.json").exists()
@@ -436,7 +436,7 @@ def test_low_precision_learns_and_keeps_gains_in_float32(tmp_path, options, prec
     run = run_dirs(tmp_path)[0]
     exact = json.loads(CURVE.read_text())["20"]
     assert metric(run, "train/loss")[20] == pytest.approx(exact, abs=0.15)
-    weights = read(last_checkpoint(run))["state_dict"]
+    weights = read(named_checkpoint(run, "last"))["state_dict"]
     low = torch.bfloat16 if precision == "bf16-true" else torch.float32
     assert weights["decoder.blocks.0.mixer.proj_fb.weight"].dtype == low
     assert weights["decoder.blocks.0.mixer.gamma_bias"].dtype == torch.float32
