@@ -39,7 +39,7 @@ def ensure_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir()
         try:
             fill(temporary)
-            _seal(temporary)
+            _seal(temporary, folder.name)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
             sync(folder.parent)
@@ -50,9 +50,12 @@ def ensure_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 def damage(folder: Path, checksums: bool) -> str | None:
     """What is wrong with a folder that `ensure_folder` made, or None. `checksums` reads every byte of it."""
     try:
-        files = json.loads((folder / "meta.json").read_text())["files"]
+        meta = json.loads((folder / "meta.json").read_text())
+        files = meta["files"]
         if not files:
             return "meta.json names no files"
+        if (name := meta.get("name", folder.name)) != folder.name:
+            return f"it was made as {name}, of something else, and renamed"
         for name, (size, checksum) in files.items():
             path = folder / name
             if not path.is_file():
@@ -66,10 +69,10 @@ def damage(folder: Path, checksums: bool) -> str | None:
     return None
 
 
-def _seal(folder: Path) -> None:
-    """Writes the sizes and checksums of all files to meta.json, and everything to the disk."""
+def _seal(folder: Path, name: str) -> None:
+    """Writes the sizes and checksums of all files to meta.json, with the folder's later name; and all to the disk."""
     files = {path.name: (path.stat().st_size, crc32(path)) for path in sorted(folder.iterdir())}
-    (folder / "meta.json").write_text(json.dumps({"files": files}, indent=1))
+    (folder / "meta.json").write_text(json.dumps({"name": name, "files": files}, indent=1))
     for path in [*folder.iterdir(), folder]:
         sync(path)
 

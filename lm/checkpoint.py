@@ -176,6 +176,7 @@ def _publish(folder: Path, files: dict[str, dict[str, Any]], world: World | None
             tree for name, tree in files.items() if name == "state.ckpt" or name.startswith("shard-0-")
         )
         meta = {key: head.get(key) for key in ("global_step", "valid_loss", "rows_per_step", "recipe")}
+        meta["name"] = folder.name
         meta["files"] = {name: size for part in written for name, size in part.items()}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         sync(temporary / "meta.json")

@@ -1,6 +1,7 @@
 import itertools
 import json
 import pickle
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -536,3 +537,17 @@ def test_the_bpe_is_trained_on_the_first_documents_alone(tmp_path):
         pieces[limit] = set(data.tokenizer.pieces)
     assert b"zq" not in pieces[20]
     assert b"zq" in pieces[None]
+
+
+def test_a_cache_of_another_tokenizer_under_this_ones_name_is_named_and_rebuilt(
+    corpus, tmp_path, fills, caplog
+):
+    settings = config(tmp_path, files=[f"{corpus}/*.txt"])
+    expected = documents(prepared(settings).train_dataset())
+    (mine,) = (tmp_path / "cache").glob("text/*/meta.json")
+    prepared(config(tmp_path, files=[f"{corpus}/*.txt"], tokenizer="bpe", vocab_size=300))
+    (other,) = set((tmp_path / "cache").glob("text/*/meta.json")) - {mine}
+    shutil.rmtree(mine.parent)
+    shutil.copytree(other.parent, mine.parent)
+    assert documents(prepared(settings).train_dataset()) == expected
+    assert f"it was made as {other.parent.name}, of something else" in caplog.text

@@ -162,6 +162,12 @@ def test_a_mix_of_shards_of_two_steps_is_refused_by_name(run):
     assert "shard-0-of-2.ckpt is of step 40, shard-1-of-2.ckpt is of step 30" in problem
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(run):
+    folder_of(run, 40).rename(folder_of(run, 50))
+    assert "it was made as step-00000040" in find_damage(folder_of(run, 50))
+    assert last_checkpoint(run) == folder_of(run, 30)
+
+
 def test_a_run_all_of_whose_checkpoints_are_damaged_is_refused(run):
     for folder in list_checkpoints(run):
         truncate(folder / "state.ckpt")

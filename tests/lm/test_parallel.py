@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-HYBRID = ["sessa", "attention", "mamba2", {"name": "parallel", "mixers": ["attention", "mamba"]}]
+HYBRID: list[Any] = ["sessa", "attention", "mamba2", {"name": "parallel", "mixers": ["attention", "mamba"]}]
 
 
 def decoder(activation_checkpointing="none", **options):

@@ -1,0 +1,107 @@
+"""What the trainer costs over a bare PyTorch loop with the same model, batches and optimiser.
+
+    python benchmarks/overhead.py [RECIPE] [key=value ...] [--steps 60] [--rounds 3]
+
+Both train in turn in this process; the time of a step is that from its start to the start of the next, the median over
+all steps but the first ten of each round. Validation and checkpoints are left out; logging is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from unittest import mock
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from lm.batches import Loaders
+from lm.config import Recipe, load_recipe
+from lm.module import LanguageModel
+from lm.optim import build_optimizer, lr_factor
+from lm.parallel import keep_freed_memory
+from lm.processes import World
+from lm.run import make_data
+from lm.training import accelerator, make_decoder, train
+
+WARM_UP = 10
+
+
+def time_trainer(recipe: Recipe) -> list[float]:
+    """Seconds of each step of `train`."""
+    starts: list[float] = []
+    noted = LanguageModel.on_train_batch_start
+
+    def note(self: LanguageModel, *args) -> None:
+        starts.append(time.perf_counter())
+        noted(self, *args)
+
+    with mock.patch.object(LanguageModel, "on_train_batch_start", note):
+        train(recipe, Console(quiet=True))
+    return differences(starts)
+
+
+def time_bare_loop(recipe: Recipe) -> list[float]:
+    """Seconds of each step of the shortest loop that does the same."""
+    device = torch.device("cuda" if accelerator(recipe) == "gpu" else "cpu")
+    data = make_data(recipe)
+    data.prepare()
+    data.setup()
+    decoder = make_decoder(recipe, data.vocab_size).to(device).train()
+    optimizer = build_optimizer(decoder, recipe.optim)
+    loader = Loaders(data, recipe.trainer, recipe.seed, 0, World()).train_dataloader()
+    low = recipe.trainer.precision != "32"
+    starts = []
+    for step, batch in enumerate(loader):
+        if step == recipe.trainer.steps:
+            break
+        starts.append(time.perf_counter())
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            nll, _ = decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"))
+        (nll.sum() / (batch["labels"] != -100).sum()).backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), recipe.optim.grad_clip or float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.optim.lr * lr_factor(step, recipe.trainer.steps or 1, recipe.optim)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return differences(starts)
+
+
+def differences(starts: list[float]) -> list[float]:
+    return [b - a for a, b in zip(starts[WARM_UP:], starts[WARM_UP + 1 :], strict=False)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", nargs="?", default="recipes/quickstart.yaml", help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--steps", type=int, default=60, help="per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        fixed = [f"trainer.steps={args.steps}", "trainer.val_batches=1", f"logging.dir={scratch}"]
+        far = [f"trainer.{key}={10**6}" for key in ("val_every", "checkpoint_every")]
+        recipe = load_recipe(
+            args.recipe, [*args.overrides, *fixed, *far, "logging.sample_tokens=0", "trainer.accumulate=1"]
+        )
+        keep_freed_memory()  # as the trainer does on a CPU
+        ours, bare = [], []
+        for _ in range(args.rounds):
+            ours += time_trainer(recipe)
+            bare += time_bare_loop(recipe)
+    a, b = statistics.median(ours), statistics.median(bare)
+    print(f"trainer   {1e3 * a:8.2f} ms a step\nbare loop {1e3 * b:8.2f} ms a step\nratio     {a / b:8.3f}")
+
+
+if __name__ == "__main__":
+    main()
