@@ -27,6 +27,9 @@ class OutOfMemoryError(RuntimeError):
     """A step needs more memory than there is; the message says what to change."""
 
 
+PARAMETER = "the gradient of the parameter"
+
+
 def first_non_finite(decoder: nn.Module, batches: list[dict[str, Tensor]], seeds: list[int]) -> str | None:
     """Runs micro-batches again; names the module that makes the first number that is not finite, or None.
 
@@ -67,7 +70,7 @@ def first_non_finite(decoder: nn.Module, batches: list[dict[str, Tensor]], seeds
     for name, parameter in decoder.named_parameters():
         gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         if not found and gradient is not None and not bool(torch.isfinite(gradient).all()):
-            found.append(f"the gradient of the parameter {name}")
+            found.append(f"{PARAMETER} {name}")
     return found[0] if found else None
 
 

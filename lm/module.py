@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lm.checkpoint import folder_of
 from lm.config import Recipe, to_dict
 from lm.decoder import Decoder, Watched
-from lm.diagnosis import NonFiniteError, first_non_finite
+from lm.diagnosis import PARAMETER, NonFiniteError, first_non_finite
 from lm.metrics import TokenMetrics
 from lm.optim import build_optimizer, lr_factor
 from lm.processes import World
@@ -145,7 +145,9 @@ class LanguageModel(L.LightningModule):
         names = self.world.gather(first_non_finite(self.decoder, batches, seeds))
         # Without gradients the optimiser changes nothing, its averages included.
         self.zero_grad(set_to_none=True)
-        rank = next((rank for rank, name in enumerate(names) if name), 0)
+        # A bad number of one rank reaches the parameters' gradients on all: the rank that saw it earlier made it.
+        found = [rank for rank, name in enumerate(names) if name]
+        rank = min(found, key=lambda rank: PARAMETER in str(names[rank]), default=0)
         where = names[rank] or "no module when the batch was run again"
         on_rank = f" on rank {rank}" if self.world.size > 1 else ""
         text = f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; first not finite{on_rank}: {where}"

@@ -14,7 +14,7 @@ from lm.config import load_recipe
 from lm.decoder import Decoder
 from lm.diagnosis import first_non_finite, memory_advice
 from lm.module import LanguageModel
-from tests.lm.test_training import ROOT, TINY, metric, run_dirs
+from tests.lm.tiny_runs import ROOT, TINY, metric, run_dirs
 
 
 @pytest.fixture(autouse=True)

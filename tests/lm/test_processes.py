@@ -12,13 +12,14 @@ import time
 import pytest
 import torch
 
+from benchmarks import reliability
 from lm.checkpoint import list_checkpoints, named_checkpoint, read, read_meta
 from lm.checkpoint import main as checkpoint_tool
 from lm.config import load_recipe
 from lm.generate import main as generate
 from lm.run import build_decoder, load_decoder
 from lm.validate import main as validate
-from tests.lm.test_training import ROOT, TINY, metric, run_dirs
+from tests.lm.tiny_runs import ROOT, TINY, metric, run_dirs
 
 pytestmark = pytest.mark.slow
 
@@ -340,16 +341,8 @@ def test_a_rank_that_is_killed_is_named(tmp_path, options):
 
 
 def test_a_number_that_is_not_finite_on_one_shard_is_named_on_its_rank(tmp_path, options):
-    mishap = plugin(tmp_path, "batch['input_ids'] = batch['input_ids'].float() * float('nan')")
-    body = (
-        (tmp_path / "mishap.py")
-        .read_text()
-        .replace(
-            "batch['input_ids'] = batch['input_ids'].float() * float('nan')",
-            "self.decoder.blocks[1].mixer.register_forward_hook(lambda m, i, o: o / 0)",
-        )
-    )
-    (tmp_path / "mishap.py").write_text(body)
+    hook = "self.decoder.blocks[1].mixer.register_forward_hook(lambda m, i, o: o / 0)"
+    mishap = plugin(tmp_path, hook)
     process = start(*options, *FSDP, *LONG, *layout(2, 2)[:3], "plugins=[mishap]", **mishap)
     _, err = finish(process, code=1)
     assert err.count("stopped: ") == 1
@@ -357,6 +350,11 @@ def test_a_number_that_is_not_finite_on_one_shard_is_named_on_its_rank(tmp_path,
     assert "first not finite on rank 1: the output of blocks.1.mixer" in err
     (run,) = run_dirs(tmp_path)
     assert read_meta(named_checkpoint(run, "last"))["global_step"] == 5
+
+
+@pytest.mark.parametrize("strategy", ["one", "fsdp"])
+def test_a_run_that_is_killed_again_and_again_goes_on_as_if_nothing_had_happened(strategy):
+    assert reliability.main(["--kills", "3", "--signals", "1", "--strategies", strategy, "--seed", "1"]) == 0
 
 
 def test_a_dry_run_prints_the_lines_that_start_it(capsys):

@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +20,8 @@ from lm.config import load_recipe
 from lm.module import LanguageModel
 from lm.run import build_decoder, lock_run, make_data
 from lm.training import count_steps, make_decoder
+from tests.lm.tiny_runs import ROOT, TINY, metric, run_dirs
 
-ROOT = Path(__file__).parents[2]
-TINY = "tests/golden/tiny.yaml"
 CURVE = ROOT / "tests" / "golden" / "tiny.json"
 
 
@@ -35,17 +33,6 @@ def at_the_root(monkeypatch):
 @pytest.fixture
 def options(tmp_path):
     return [f"logging.dir={tmp_path / 'runs'}", f"data.cache_dir={tmp_path / 'cache'}"]
-
-
-def run_dirs(tmp_path, name="tiny"):
-    return sorted((tmp_path / "runs" / name).iterdir())
-
-
-def metric(run, name):
-    with (run / "metrics.csv").open() as file:
-        return {
-            int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["metric"] == name
-        }
 
 
 @pytest.fixture(scope="module")
