@@ -433,6 +433,7 @@ def quiet_libraries() -> None:
         r".*Checkpoint directory .* exists and is not empty",  # a resumed run's own
         r".*Found .* module\(s\) in eval mode at the start of training",
         r".*It is recommended to use `self.log\(.*sync_dist=True",  # what is logged is summed over ranks already
+        r"FSDP2-wrapped module .* returned a view tensor",  # nobody writes into it
         r".*The `srun` command is available on your system but is not used",
     ):
         warnings.filterwarnings("ignore", message=message)
