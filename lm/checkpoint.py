@@ -84,6 +84,14 @@ def last_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def set_aside_after(run: Path, step: int) -> None:
+    """Renames the checkpoints after `step`, all of them damaged, so that none counts among the newest."""
+    for folder in list_checkpoints(run):
+        if folder > folder_of(run, step):
+            shutil.rmtree(aside := folder.with_name(folder.name + ".damaged"), ignore_errors=True)
+            folder.rename(aside)
+
+
 def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the smallest validation loss, or None."""
     measured = []

@@ -43,7 +43,7 @@ from lm.callbacks import (
     StopAtTheEnd,
     as_markdown_block,
 )
-from lm.checkpoint import last_checkpoint, read_meta
+from lm.checkpoint import last_checkpoint, read_meta, set_aside_after
 from lm.config import ConfigError, Recipe, differing_keys, to_dict, to_yaml
 from lm.decoder import Decoder
 from lm.diagnosis import OutOfMemoryError, explain, is_out_of_memory, memory_advice
@@ -232,6 +232,7 @@ def _open_run(
         _check_rows(run, read_meta(checkpoint).get("rows_per_step"), recipe, world)
         _say_what_differs(run, recipe, first_step, console)
         (run / "result.json").unlink(missing_ok=True)
+        set_aside_after(run, first_step)
         save_recipe(run, recipe)
     data.save_tokenizer(run)
     (run / DATA).write_text(data.fingerprint + "\n")

@@ -294,6 +294,38 @@ def test_resuming_with_another_model_names_the_keys(tmp_path, options, capsys):
     assert "model.d_model was 32 and is now 48" in capsys.readouterr().err
 
 
+def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_continued(
+    tmp_path, options, monkeypatch, caplog
+):
+    assert train.main([TINY, *options]) == 0
+    arguments = [TINY, *options, "trainer.keep_checkpoints=1"]
+    interrupt(monkeypatch, [*arguments, "trainer.keep_checkpoints=2"], step=17)
+    whole, run = run_dirs(tmp_path)
+    last = named_checkpoint(run, "last")
+    (last / "state.ckpt").write_bytes((last / "state.ckpt").read_bytes()[:-1])
+    (run / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace("keep_checkpoints: 2", "keep_checkpoints: 1")
+    )
+    assert train.main([*arguments, "resume=auto"]) == 0
+    assert "step-00000015 is damaged: state.ckpt has" in caplog.text
+    assert run_dirs(tmp_path) == [whole, run]
+    assert metric(run, "train/loss") == metric(whole, "train/loss")
+    assert list_checkpoints(run) == [run / "checkpoints" / "step-00000020"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_keys(
+    finished, tmp_path, options, monkeypatch, capsys
+):
+    wide = [TINY, *options, "model.d_model=48"]
+    interrupt(monkeypatch, wide, step=7)
+    (run,) = run_dirs(tmp_path)
+    shutil.copytree(finished[0] / "checkpoints" / "step-00000020", run / "checkpoints" / "step-00000020")
+    for tool, arguments in ((train, [*wide, "resume=auto"]), (generate, [str(run)])):
+        assert tool.main(arguments) == 2
+        said = "step-00000020 is of another recipe: model.d_model is 32 there and 48 in the recipe"
+        assert said in capsys.readouterr().err
+
+
 def test_resuming_a_run_that_is_at_its_end_says_so(tmp_path, options, capsys):
     assert train.main([TINY, *options, "trainer.steps=2"]) == 0
     run = run_dirs(tmp_path)[0]
