@@ -449,13 +449,25 @@ def check_mixers(value: Any, path: str, d_model: int | None) -> Any:
 
 
 def _check_mixer(value: Any, path: str, d_model: int | None) -> dict[str, Any]:
-    spec = _check_choice(value, path, "mixer", mixer_names(), mixer_config)
-    options = {key: option for key, option in spec.items() if key != "name"}
-    schema = mixer_config(spec["name"])
-    if d_model is not None:
-        _report_problems(schema(**options), path, d_model)
-    for name in mixer_fields(schema):
-        spec[name] = check_mixers(spec[name], f"{path}.{name}", d_model)
+    try:
+        spec = _check_choice(value, path, "mixer", mixer_names(), mixer_config)
+        options = {key: option for key, option in spec.items() if key != "name"}
+        schema = mixer_config(spec["name"])
+        if d_model is not None:
+            _report_problems(schema(**options), path, d_model)
+        defaults = schema()
+    except ConfigError:
+        raise
+    except Exception as error:  # a plug-in's config class may do anything, and the message must name it
+        name = value.get("name") if isinstance(value, dict) else value
+        raise ConfigError(
+            f"{path} = {_show(name)}: the mixer's config class failed: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    for option in mixer_fields(schema):
+        inner, default = spec[option], getattr(defaults, option)
+        if isinstance(inner, dict) and "name" not in inner and isinstance(default, str):
+            inner = {"name": default, **inner}
+        spec[option] = check_mixers(inner, f"{path}.{option}", d_model)
     return spec
 
 
