@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -504,7 +505,7 @@ def _check_dataclass(schema: type, raw: Any, path: str) -> Any:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} = {_show(raw)}: expected a mapping with keys {', '.join(_names(schema))}")
     dot = f"{path}." if path else ""
-    hints = typing.get_type_hints(schema)
+    hints = _type_hints(schema)
     values = {}
     for key in raw:
         if key not in _names(schema):
@@ -588,6 +589,9 @@ def describe(kind: Any) -> str:
     if origin is tuple:
         return f"a list of {len(args)}, each {describe(args[0])}"
     return str(kind)
+
+
+_type_hints = cache(typing.get_type_hints)  # evaluates text each time, and matching a size asks often
 
 
 def _names(schema: type) -> list[str]:

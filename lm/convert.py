@@ -292,6 +292,17 @@ def weight_files(folder: Path, config: Config) -> list[Path]:
     )
 
 
+def _check_size(config: Config, model: dict[str, Any], vocab_size: int, files: list[Path]) -> None:
+    """Refuses a model far larger than its weights before anything of that size is made."""
+    width = model["d_model"]
+    least = vocab_size * width + model["n_layers"] * width * width  # the embedding, and part of each in_proj
+    stored = sum(tensor.numel() for _, _, tensor in _tensors(files))
+    if least > stored:
+        raise ConfigError(
+            f"{config.path}: it describes a model of over {least:,} parameters, and the weights have {stored:,}"
+        )
+
+
 def read_tokenizer(folder: Path, config: Config, vocab_size: int) -> JsonTokenizer | None:
     """The tokenizer of a checkpoint with as many tokens as the model, or None if there is no tokenizer.json."""
     path = folder / "tokenizer.json"
@@ -420,17 +431,6 @@ def convert(folder: Path, run: Path) -> str:
             )
         lines.append(f'generate    python -m lm.generate {shlex.quote(str(run))} --prompt "..."')
     return "\n".join(lines)
-
-
-def _check_size(config: Config, model: dict[str, Any], vocab_size: int, files: list[Path]) -> None:
-    """Refuses a model far larger than its weights before anything of that size is made."""
-    width = model["d_model"]
-    least = vocab_size * width + model["n_layers"] * width * width  # the embedding, and part of each in_proj
-    stored = sum(tensor.numel() for _, _, tensor in _tensors(files))
-    if least > stored:
-        raise ConfigError(
-            f"{config.path}: it describes a model of over {least:,} parameters, and the weights have {stored:,}"
-        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
