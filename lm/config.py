@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -547,13 +548,25 @@ def check_mixers(value: Any, path: str, d_model: int | None) -> Any:
 
 
 def _check_mixer(value: Any, path: str, d_model: int | None) -> dict[str, Any]:
-    spec = _check_choice(value, path, "mixer", mixer_names(), mixer_config)
-    options = {key: option for key, option in spec.items() if key != "name"}
-    schema = mixer_config(spec["name"])
-    if d_model is not None:
-        _report_problems(schema(**options), path, d_model)
-    for name in mixer_fields(schema):
-        spec[name] = check_mixers(spec[name], f"{path}.{name}", d_model)
+    try:
+        spec = _check_choice(value, path, "mixer", mixer_names(), mixer_config)
+        options = {key: option for key, option in spec.items() if key != "name"}
+        schema = mixer_config(spec["name"])
+        if d_model is not None:
+            _report_problems(schema(**options), path, d_model)
+        defaults = schema()
+    except ConfigError:
+        raise
+    except Exception as error:  # a plug-in's config class may do anything, and the message must name it
+        name = value.get("name") if isinstance(value, dict) else value
+        raise ConfigError(
+            f"{path} = {_show(name)}: the mixer's config class failed: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    for option in mixer_fields(schema):
+        inner, default = spec[option], getattr(defaults, option)
+        if isinstance(inner, dict) and "name" not in inner and isinstance(default, str):
+            inner = {"name": default, **inner}
+        spec[option] = check_mixers(inner, f"{path}.{option}", d_model)
     return spec
 
 
@@ -590,7 +603,7 @@ def _check_dataclass(schema: type, raw: Any, path: str) -> Any:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} = {_show(raw)}: expected a mapping with keys {', '.join(_names(schema))}")
     dot = f"{path}." if path else ""
-    hints = typing.get_type_hints(schema)
+    hints = _type_hints(schema)
     values = {}
     for key in raw:
         if key not in _names(schema):
@@ -674,6 +687,9 @@ def describe(kind: Any) -> str:
     if origin is tuple:
         return f"a list of {len(args)}, each {describe(args[0])}"
     return str(kind)
+
+
+_type_hints = cache(typing.get_type_hints)  # evaluates text each time, and matching a size asks often
 
 
 def _names(schema: type) -> list[str]:

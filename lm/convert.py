@@ -62,8 +62,8 @@ class Config:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key, default)
-        if type(value) is not int or value < 1:
-            raise self.problem(key, "an integer of at least 1")
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise self.problem(key, "an integer of at least 1 and below 2^31")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -214,8 +214,12 @@ def read_weights(
     folder: Path, files: list[Path], recipe: Recipe, vocab_size: int
 ) -> tuple[dict[str, Tensor], str]:
     """The decoder's parameters in float32, and what the files had them in."""
-    with torch.device("meta"):  # names and shapes without memory
-        decoder = build_decoder(recipe, vocab_size)
+    try:
+        with torch.device("meta"):  # names and shapes without memory
+            decoder = build_decoder(recipe, vocab_size)
+    except RuntimeError as error:  # a size that overflows
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{folder / 'config.json'}: such a model cannot be built: {reason}") from None
     shapes = {published_name(name): (name, p.shape) for name, p in decoder.named_parameters()}
     weights: dict[str, Tensor] = {}
     dtypes = set()
@@ -287,6 +291,17 @@ def weight_files(folder: Path, config: Config) -> list[Path]:
     raise ConfigError(
         f"{folder / pickled[0]}: pickled weights can run code and are not read; save as safetensors: {how}"
     )
+
+
+def _check_size(config: Config, model: dict[str, Any], vocab_size: int, files: list[Path]) -> None:
+    """Refuses a model far larger than its weights before anything of that size is made."""
+    width = model["d_model"]
+    least = vocab_size * width + model["n_layers"] * width * width  # the embedding, and part of each in_proj
+    stored = sum(tensor.numel() for _, _, tensor in _tensors(files))
+    if least > stored:
+        raise ConfigError(
+            f"{config.path}: it describes a model of over {least:,} parameters, and the weights have {stored:,}"
+        )
 
 
 def read_tokenizer(folder: Path, config: Config, vocab_size: int) -> JsonTokenizer | None:
@@ -367,6 +382,7 @@ def convert(folder: Path, run: Path) -> str:
     config = Config(folder / "config.json", _read_json(folder / "config.json"))
     model, vocab_size = read_model(config)
     files = weight_files(folder, config)
+    _check_size(config, model, vocab_size, files)
     tokenizer = read_tokenizer(folder, config, vocab_size)
     recipe = make_recipe(config, model, vocab_size, run, tokenizer)
     weights, dtypes = read_weights(folder, files, recipe, vocab_size)

@@ -121,12 +121,19 @@ class GatedBlock(Block):
 
 
 class TransformerBlock(Block):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) unless there is no MLP."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) unless there is no MLP.
+
+    A mixer that does not end in a projection of its own gets one, `out_proj`: the residual stream must not take
+    up its output at whatever scale that has. Sessa's feedback sums the past, up to 1 / (1 - gamma) fold.
+    """
 
     def __init__(self, mixer: Mixer, d_model: int, norm: str, dropout: float, mlp: str, mlp_width: int):
         super().__init__()
         self.norm = make_norm(norm, d_model)
         self.mixer = mixer
+        self.out_proj = (
+            nn.Linear(d_model, d_model, bias=False) if mixer.output_projection is None else nn.Identity()
+        )
         self.mlp_norm = None if mlp == "none" else make_norm(norm, d_model)
         self.mlp = (
             None
@@ -138,16 +145,15 @@ class TransformerBlock(Block):
         self.dropout = nn.Dropout(dropout)
 
     def _run(self, x: Tensor, mix) -> Tensor:
-        x = x + self.dropout(mix(self.norm(x)))
+        x = x + self.dropout(self.out_proj(mix(self.norm(x))))
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x
 
     def residual_projections(self) -> list[nn.Module]:
-        projections: list[nn.Module] = [] if self.mlp is None else [self.mlp.down]
-        if self.mixer.output_projection is not None:
-            projections.append(self.mixer.get_submodule(self.mixer.output_projection))
-        return projections
+        name = self.mixer.output_projection
+        projection = self.out_proj if name is None else self.mixer.get_submodule(name)
+        return [projection] if self.mlp is None else [projection, self.mlp.down]
 
 
 class Decoder(nn.Module):

@@ -32,8 +32,8 @@ def head_problems(
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with a choice of heads, as (option, what would be right)."""
     heads = default_n_heads(d_model) if n_heads is None else n_heads
-    divisors = [h for h in range(1, d_model + 1) if d_model % h == 0]
-    if heads not in divisors:
+    if d_model % heads:
+        divisors = [h for h in range(1, d_model + 1) if d_model % h == 0]
         near = min(divisors, key=lambda h: abs(h - heads))
         yield "n_heads", f"it must divide model.d_model = {d_model}; nearest: {near}"
         return

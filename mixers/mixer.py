@@ -92,8 +92,8 @@ class Mixer(nn.Module):
     finite differences."""
 
     output_projection: str | None = None
-    """The submodule whose output is the mixer's: initialised smaller with depth where a block adds the
-    mixer's output straight to the residual stream."""
+    """The submodule, a linear map, whose output is the mixer's: initialised smaller with depth where a block adds
+    the mixer's output straight to the residual stream. Where there is None such a block adds its own."""
 
     def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), parallel in time, for training.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from mixers.mixer import Mixer
 
@@ -36,6 +36,20 @@ def register_mixer(name: str, config_class: type) -> Callable[[MixerClass], Mixe
     def register(mixer_class: MixerClass) -> MixerClass:
         if not is_dataclass(config_class):
             raise TypeError(f"the config class of mixer {name!r} must be a dataclass, not {config_class!r}")
+        try:
+            get_type_hints(config_class)
+        except NameError as error:
+            raise TypeError(
+                f"the config class of mixer {name!r} has a type that is not defined: {error}"
+            ) from error
+        for field in fields(config_class):
+            if field.default is MISSING and field.default_factory is MISSING:
+                raise TypeError(f"the config class of mixer {name!r} has no default for {field.name}")
+            if "help" not in field.metadata:
+                raise TypeError(
+                    f"the config class of mixer {name!r} has no help for {field.name}; expected "
+                    'field(default=..., metadata={"help": "..."})'
+                )
         known = _REGISTRY.get(name, (None, mixer_class))[1]
         # A module imported a second time registers another class of the same names.
         if (known.__module__, known.__qualname__) != (mixer_class.__module__, mixer_class.__qualname__):

@@ -63,6 +63,7 @@ class Sessa(Attention):
     """
 
     no_decay = ("gamma_bias",)
+    output_projection = None  # out_proj is the forward branch's: the feedback comes after it
 
     def __init__(self, config: SessaConfig, d_model: int, layer_index: int = 0, n_layers: int = 1):
         forward_branch = AttentionConfig(

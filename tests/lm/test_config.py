@@ -1,5 +1,7 @@
 """Recipes: what is merged over what, and what a wrong one is told."""
 
+import math
+import sys
 import textwrap
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import train
 from lm.config import ConfigError, load_recipe, to_dict, to_yaml
 from mixers import registry
 from mixers.identity import Identity, IdentityConfig
+from mixers.mamba2 import Mamba2Config
 
 ROOT = Path(__file__).parents[2]
 GOOD = "data: {name: text, source: files, files: [corpus.txt]}\ntrainer: {steps: 3}\n"
@@ -266,6 +269,7 @@ def test_layers_are_merged_in_order(folder):
     assert recipe.optim.eps == 1e-8
 
 
+MAMBA2 = {"name": "mamba2", **vars(Mamba2Config()), "dt_limit": [0.0, math.inf]}
 MAMBA = {"expand": 2, "d_conv": 4, "dt_rank": None, "conv_bias": True, "bias": False, "backend": "auto"}
 
 
@@ -289,6 +293,16 @@ MAMBA = {"expand": 2, "d_conv": 4, "dt_rank": None, "conv_bias": True, "bias": F
             {"below": {"name": "mamba", "d_state": 3, **MAMBA}},
         ),
         (
+            "selective_attention",  # whose mixer below is mamba2 where none is named
+            ["model.mixer.below.d_state=3"],
+            {"below": MAMBA2 | {"d_state": 3}},
+        ),
+        (
+            "[{name: selective_attention, below: {d_state: 3}}]",
+            [],
+            [{"below": MAMBA2 | {"d_state": 3}}],
+        ),
+        (
             "{name: selective_attention, below: {name: attention, window: 9}}",
             ["model.mixer.below={name: mamba, d_state: 16}"],
             {"below": {"name": "mamba", "d_state": 16, **MAMBA}},
@@ -303,6 +317,8 @@ MAMBA = {"expand": 2, "d_conv": 4, "dt_rank": None, "conv_bias": True, "bias": F
 def test_naming_another_mixer_replaces_the_section(folder, recipe, overrides, expected):
     (folder / "r.yaml").write_text(GOOD + f"model: {{mixer: {recipe}}}\n")
     mixer = load_recipe("r.yaml", overrides).model.mixer
+    if isinstance(mixer, list):
+        (mixer,), (expected,) = mixer, expected
     assert {key: mixer[key] for key in expected} == expected
 
 
@@ -404,6 +420,55 @@ def test_a_broken_plugin_is_named(folder, monkeypatch):
     (folder / "broken_plugin.py").write_text("raise RuntimeError('out of order')")
     with pytest.raises(ConfigError, match=r"broken_plugin.*RuntimeError: out of order"):
         load_recipe("good.yaml", ["plugins=[broken_plugin]"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ("a: Nowhere = 3", "has a type that is not defined: name 'Nowhere' is not defined"),
+        ("a: int", "has no default for a"),
+        ("a: int = 3", "has no help for a; expected field("),
+    ],
+)
+def test_a_plugins_config_class_is_checked_when_it_registers(folder, monkeypatch, fields, reason):
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "odd_plugin", raising=False)
+    write_plugin(folder / "odd_plugin.py", fields)
+    with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
+        load_recipe("good.yaml", ["plugins=[odd_plugin]"])
+    assert "'odd_plugin' failed: TypeError: the config class of mixer 'odd'" in str(caught.value)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["__post_init__(self)", "problems(self, d_model)"])
+def test_a_plugins_config_class_that_fails_is_named(folder, monkeypatch, method):
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.delitem(sys.modules, "failing_plugin", raising=False)
+    write_plugin(folder / "failing_plugin.py", f"def {method}: raise KeyError('oops')")
+    expected = r"^model.mixer = 'odd': the mixer's config class failed: KeyError: 'oops'$"
+    with pytest.raises(ConfigError, match=expected):
+        load_recipe("good.yaml", ["plugins=[failing_plugin]", "model.mixer=odd"])
+
+
+def write_plugin(path, body):
+    """A module that registers the mixer `odd`, whose config class has this body."""
+    path.write_text(
+        textwrap.dedent(f"""
+        from __future__ import annotations
+        from dataclasses import dataclass
+        from mixers import register_mixer
+        from mixers.identity import Identity
+
+        @dataclass
+        class OddConfig:
+            {body}
+
+        @register_mixer("odd", OddConfig)
+        class Odd(Identity):
+            pass
+        """)
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

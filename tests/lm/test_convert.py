@@ -314,6 +314,11 @@ def test_what_mamba_ssm_has_and_this_code_has_not_is_named(config, layer, messag
         ("mamba2", {"time_step_limit": [0.1, 0.01]}, "time_step_limit = [0.1, 0.01]; expected two numbers"),
         ("mamba2", {"time_step_limit": None}, "time_step_limit = None; expected two numbers"),
         ("mamba2", {"time_step_limit": [0, 10**400]}, "; expected two numbers"),
+        # Sizes that must not be tried.
+        ("mamba", {"hidden_size": 10**30}, "expected an integer of at least 1 and below 2^31"),
+        ("mamba", {"num_hidden_layers": 10**9}, "it describes a model of over 576,0"),
+        ("mamba", {"vocab_size": 10**9}, "it describes a model of over 24,000,00"),
+        ("mamba2", {"state_size": 2**31 - 1, "conv_kernel": 2**31 - 1}, "such a model cannot be built"),
         # What is well formed and not what the weights are.
         ("mamba", {"num_hidden_layers": 1}, "tensor backbone.layers.1."),
         ("mamba", {"num_hidden_layers": 3}, "no tensor backbone.layers.2.norm.weight and 9 more"),

@@ -298,13 +298,27 @@ def test_initial_values_depend_on_seed_and_name_alone():
 
 
 def test_residual_projections_start_smaller_with_depth():
-    decoder = Decoder(50, d_model=64, n_layers=8, mixer="attention", block="transformer")
+    decoder = Decoder(50, d_model=64, n_layers=8, mixer=["attention", "sessa"], block="transformer")
     decoder.initialize(0)
     expected = 0.02 / math.sqrt(16)  # a mixer and an MLP in each of 8 layers
-    for block in decoder.blocks:
-        for projection in (block.mixer.out_proj, block.mlp.down):
+    for i, block in enumerate(decoder.blocks):
+        mixer_end = block.out_proj if i % 2 else block.mixer.out_proj  # Sessa has no projection at its end
+        for projection in (mixer_end, block.mlp.down):
             assert projection.weight.std().item() == pytest.approx(expected, rel=0.05)
         assert block.mixer.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@everywhere
+def test_what_reaches_the_residual_stream_is_projected(layout):
+    # So its scale at the start is the projections', whatever the mixer's.
+    decoder = contract_decoder(layout)
+    x = torch.randn(2, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for block in decoder.layers:
+            assert not torch.equal(block(x), x)
+            for parameter in (p for module in block.residual_projections() for p in module.parameters()):
+                parameter.zero_()
+            assert torch.equal(block(x), x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
