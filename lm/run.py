@@ -202,7 +202,11 @@ def load_decoder(run: Path, device: str = "cpu", checkpoint: str = "last") -> tu
     decoder = build_decoder(recipe, vocab_size=weights["embedding.weight"].shape[0])
     if recipe.trainer.precision == "bf16-true":
         to_bf16(decoder)
-    decoder.load_state_dict(weights)
+    try:
+        decoder.load_state_dict(weights)
+    except RuntimeError as error:  # lists every name; the first is enough
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ConfigError(f"checkpoint {folder} does not fit the recipe's decoder: {lines[1]}") from None
     return decoder.to(device).eval(), recipe
 
 
