@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -89,6 +90,12 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
         return {**row, "labels": torch.full_like(row["labels"], IGNORE)}
 
 
+def _ignore_signals(worker: int) -> None:
+    """Signals to the whole process group are for the training process: it needs this one to finish its step."""
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class Loaders(L.LightningDataModule):
     """The loaders of a data module, for Lightning.
 
@@ -113,7 +120,11 @@ class Loaders(L.LightningDataModule):
         # made another number of iterators, would then see other random numbers than an uninterrupted one.
         generator = torch.Generator().manual_seed(self.seed)
         return DataLoader(
-            dataset, batch_sampler=batches, num_workers=self.config.num_workers, generator=generator
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.config.num_workers,
+            generator=generator,
+            worker_init_fn=_ignore_signals,
         )
 
     def train_dataloader(self) -> DataLoader:

@@ -27,7 +27,7 @@ from rich.progress import (
 )
 
 from data import TextTokenizer
-from lm.checkpoint import best_checkpoint, folder_of, prune, read_meta
+from lm.checkpoint import best_checkpoint, folder_of, note_validation, prune, read_meta
 from lm.config import TrainerConfig
 from lm.generate import stream_texts
 from lm.module import Batch, LanguageModel
@@ -40,17 +40,27 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B
 class CSVMetrics(Logger):
     """Appends `step,metric,value` lines to metrics.csv; a resumed run goes on below and drops what it repeats."""
 
-    def __init__(self, run: Path, first_step: int = 0):
+    def __init__(self, run: Path, first_step: int = 0, validated: bool = True):
         super().__init__()
         self.path = run / "metrics.csv"
         kept = []
         if self.path.exists():
             with self.path.open(newline="") as file:
-                kept = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit()]
-        with self.path.open("w", newline="") as file:
-            csv.writer(file).writerows(
-                [("step", "metric", "value"), *(r for r in kept if int(r[0]) <= first_step)]
-            )
+                rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit()]
+            # Of the step itself, a validation that is not in the checkpoint is repeated.
+            kept = [
+                (step, name, value)
+                for step, name, value in rows
+                if int(step) < first_step
+                or (
+                    int(step) == first_step
+                    and (validated or name.startswith(("train/", "speed/", "memory/")))
+                )
+            ]
+        new = self.path.with_suffix(".new")
+        with new.open("w", newline="") as file:
+            csv.writer(file).writerows([("step", "metric", "value"), *kept])
+        new.replace(self.path)
 
     @property
     def name(self) -> str:
@@ -94,7 +104,7 @@ class Metrics(Callback):
         self._step = step
         if step % self.every and step != 1 and step != trainer.max_steps:
             return
-        on_gpu = pl_module.device.type == "cuda"
+        on_gpu = trainer.strategy.root_device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize()
         self._seconds += time.perf_counter() - self._began
@@ -159,10 +169,10 @@ class Checkpoints(Checkpoint):
     def __init__(self, run: Path, trainer: TrainerConfig, watch: HangWatch):
         self.run, self.config, self.watch = run, trainer, watch
         self.best = math.inf
-        self._step = 0
+        self._step = self._saved = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        self._step = trainer.global_step
+        self._step = self._saved = trainer.global_step
         if (best := best_checkpoint(self.run)) is not None:
             self.best = read_meta(best)["valid_loss"]
 
@@ -177,15 +187,24 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         step = trainer.global_step
-        is_best = pl_module.valid_loss < self.best
-        if is_best:
-            self.best = pl_module.valid_loss
-        if is_best or step % self.config.checkpoint_every == 0 or step >= trainer.max_steps:
+        loss = pl_module.valid_loss
+        is_best = loss is not None and loss < self.best
+        if loss is not None and is_best:
+            self.best = loss
+        if (
+            folder := folder_of(self.run, step)
+        ).exists() and self._saved == step:  # the run went on from there
+            if trainer.is_global_zero:
+                note_validation(folder, loss, pl_module.valid_rates)
+        elif is_best or step % self.config.checkpoint_every == 0 or step >= trainer.max_steps:
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Writes the checkpoint of the step that is done."""
+        """Writes the checkpoint of the step that is done, unless it is the one that the run went on from."""
         step = trainer.global_step
+        if step == self._saved:
+            return
+        self._saved = step
         self.watch.moved(f"writing the checkpoint of step {step}")
         trainer.save_checkpoint(folder_of(self.run, step))
         if trainer.is_global_zero:
@@ -208,10 +227,10 @@ class Interruptions(Callback):
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self, checkpoints: Checkpoints, world: World, max_seconds: float, console: Console):
-        self.checkpoints, self.world, self.console = checkpoints, world, console
-        self.deadline = time.monotonic() + max_seconds
+    def __init__(self, checkpoints: Checkpoints, world: World, deadline: float):
+        self.checkpoints, self.world, self.deadline = checkpoints, world, deadline  # of time.monotonic()
         self._received = 0
+        self._when = 0.0
         self._step = 0
         self._before: dict[int, Any] = {}
 
@@ -229,17 +248,18 @@ class Interruptions(Callback):
         self._before = {}
 
     def _note(self, signum: int, frame: Any) -> None:
-        if self._received:
+        # One that follows at once is the same, by way of the process group and of the parent.
+        if self._received and time.monotonic() - self._when > 1:
             os._exit(128 + signum)
-        self._received = signum
-        if self.world.rank == 0:
-            self.console.print(
-                f"{signal.Signals(signum).name}: finishing the step and writing a checkpoint; once more to end at once"
-            )
+        if not self._received and self.world.rank == 0:
+            name = signal.Signals(signum).name
+            text = f"{name}: finishing the step and writing a checkpoint; once more to end at once\n"
+            os.write(2, text.encode())  # print could be interrupted in the midst of a print
+        if not self._received:
+            self._received, self._when = signum, time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         self._step = trainer.global_step
-        self.install()  # again: Lightning has put its own in place
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *args: Any) -> None:
         if trainer.global_step == self._step:
@@ -249,7 +269,8 @@ class Interruptions(Callback):
             self._end_if_asked(trainer)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self._end_if_asked(trainer)  # the validation is made up for when the run goes on
+        if trainer.global_step < trainer.max_steps:
+            self._end_if_asked(trainer)  # the validation is made up for when the run goes on
 
     def _end_if_asked(self, trainer: L.Trainer) -> None:
         out_of_time = time.monotonic() > self.deadline

@@ -22,6 +22,7 @@ import math
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +61,33 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a checkpoint. Raises CheckpointError."""
+    """meta.json of a checkpoint. Raises CheckpointError if it is not what was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        return {**meta, "files": dict(meta["files"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        files, checksum = dict(meta["files"]), meta.pop("checksum")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {folder}: meta.json cannot be read: {error!r}") from None
+    if checksum != _checksum(meta):
+        raise CheckpointError(f"checkpoint {folder}: the checksum of meta.json is wrong")
+    return {**meta, "files": files}
+
+
+def _checksum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Replaces meta.json as a whole."""
+    text = json.dumps({**meta, "checksum": _checksum(meta)}, indent=1)
+    (folder / "meta.json.new").write_text(text)
+    sync(folder / "meta.json.new")
+    (folder / "meta.json.new").replace(folder / "meta.json")
+    sync(folder)
+
+
+def note_validation(folder: Path, valid_loss: float | None, metrics: dict[str, float]) -> None:
+    """Adds what a validation found to a checkpoint that was written before it."""
+    _write_meta(folder, {**read_meta(folder), "valid_loss": valid_loss, "metrics": metrics})
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -73,6 +95,7 @@ def last_checkpoint(run: Path) -> Path | None:
 
     Raises CheckpointError if all that there are are damaged.
     """
+    _put_back(run)
     damaged = []
     for folder in reversed(list_checkpoints(run)):
         if (problem := find_damage(folder)) is None:
@@ -82,6 +105,14 @@ def last_checkpoint(run: Path) -> Path | None:
     if damaged:
         raise CheckpointError(f"{damaged[0]}; the run has no other that is whole, so start a new one")
     return None
+
+
+def _put_back(run: Path) -> None:
+    """Gives its name back to a checkpoint in whose replacement the process was killed."""
+    for old in (run / "checkpoints").glob("step-*.old"):
+        folder = old.with_suffix("")
+        if not folder.exists():
+            old.rename(folder)
 
 
 def set_aside_after(run: Path, step: int) -> None:
@@ -129,6 +160,10 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte of it."""
     problem = damage(folder, checksums=True)
     if problem is None:
+        try:
+            read_meta(folder)
+        except CheckpointError as error:
+            return str(error).partition(": ")[2]
         return None
     # A wrong shard may be a whole one of another step, put there by hand or by a copy that was interrupted.
     steps = {}
@@ -183,14 +218,12 @@ def _publish(folder: Path, files: dict[str, dict[str, Any]], world: World | None
         (head,) = (
             tree for name, tree in files.items() if name == "state.ckpt" or name.startswith("shard-0-")
         )
-        meta = {key: head.get(key) for key in ("global_step", "valid_loss", "rows_per_step", "recipe")}
+        meta = {key: head.get(key) for key in ("global_step", *NOTED, "rows_per_step", "recipe")}
         meta["name"] = folder.name
-        meta["files"] = {name: size for part in written for name, size in part.items()}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        sync(temporary / "meta.json")
-        sync(temporary)
+        meta["files"] = {name: list(size) for part in written for name, size in part.items()}
+        _write_meta(temporary, meta)
         shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():  # it is damaged, or being converted
+        if folder.exists():  # it is damaged, or being converted; `_put_back` mends a crash between the two
             folder.rename(old)
         temporary.rename(folder)
         sync(folder.parent)
@@ -230,7 +263,7 @@ def _free_space(folder: Path) -> str:
 
 
 def _write(path: Path, state: dict[str, Any]) -> tuple[int, int]:
-    """Returns size and checksum, of what the disk has."""
+    """Returns size and checksum."""
     torch.save(state, path)
     sync(path)
     return path.stat().st_size, crc32(path)
@@ -241,10 +274,10 @@ def prune(run: Path, keep: int) -> None:
     kept = {*list_checkpoints(run)[-keep:], best_checkpoint(run)}
     for folder in list_checkpoints(run):
         if folder not in kept:
-            doomed = folder.with_name(folder.name + ".old")  # never a half of one under its own name
-            shutil.rmtree(doomed, ignore_errors=True)
-            folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(folder.with_name(folder.name + ".doomed"))  # never a half of one under its own name
+    for remains in (".doomed", ".tmp"):
+        for folder in (run / "checkpoints").glob(f"step-*{remains}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------- shards
@@ -364,14 +397,19 @@ def read(folder: str | Path, whole: bool = True) -> dict[str, Any]:
         whole: join sharded tensors; else they are `Pieces`, of which any rows can be read.
     """
     folder = Path(folder)
-    names = read_meta(folder)["files"]
-    numbered = sorted(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+    meta = read_meta(folder)
+    numbered = sorted(meta["files"], key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
     try:
         trees = [_load(folder / name) for name in numbered]
     except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"checkpoint {folder} cannot be read, it must be damaged: {reason}") from error
-    return _joined(trees, whole) if len(trees) > 1 or _is_cut(trees[0]) else trees[0]
+    state = _joined(trees, whole) if len(trees) > 1 or _is_cut(trees[0]) else trees[0]
+    return {**state, **{key: meta[key] for key in NOTED if meta.get(key) is not None}}
+
+
+NOTED = ("valid_loss", "metrics")
+"""What a validation after the checkpoint was written may add, in meta.json alone."""
 
 
 def _is_cut(tree: Any) -> bool:

@@ -116,10 +116,13 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}. {go_on}"
     if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and _LOST.search(text)):
-        return f"lost another process of the run: {last_line}. {go_on}"
+        return f"{LOST}: {last_line}. {go_on}"
+    if is_out_of_memory(error):
+        return f"out of memory before training began: {last_line}. Try strategy=fsdp on several devices"
     return None
 
 
+LOST = "lost another process of the run"
 _LOST = re.compile(r"gloo|Connection (reset|closed|refused)|Broken pipe|NCCL|Timed out|Socket", re.IGNORECASE)
 
 
@@ -135,7 +138,7 @@ def memory_advice(recipe: Recipe, step: int, error: BaseException) -> str:
     trainer, strategy = recipe.trainer, recipe.strategy
     said = str(error).split(". ")
     numbers = next((s for s in said if "allocate" in s), said[0]).strip().splitlines()[0]
-    if torch.cuda.is_available():
+    if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         used, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         numbers += (

@@ -80,16 +80,16 @@ def dry_run(recipe: Recipe, console: Console, command: Sequence[str]) -> None:
 def launch_lines(recipe: Recipe, command: Sequence[str]) -> dict[str, str]:
     """How to start the run: `command` is the program with its arguments, `python` and --dry-run apart."""
     line, nodes = shlex.join(command), recipe.strategy.num_nodes
-    devices = local_devices(recipe.strategy)
+    wanted = recipe.strategy.devices
     if nodes == 1:
+        devices = local_devices(recipe.strategy) if wanted == "auto" else wanted
         many = (
             {"with torchrun": f"torchrun --standalone --nproc-per-node {devices} {line}"}
             if devices > 1
             else {}
         )
         return {"start it with": f"python {line}", **many}
-    per_node = str(recipe.strategy.devices) if recipe.strategy.devices != "auto" else "gpu"
-    tasks = str(recipe.strategy.devices) if recipe.strategy.devices != "auto" else "GPUS"
+    per_node, tasks = ("gpu", "GPUS") if wanted == "auto" else (wanted, wanted)
     return {
         "start it on every machine with": f"torchrun --nnodes {nodes} --nproc-per-node {per_node} "
         f"--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 {line}",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from lm.checkpoint import folder_of
+from lm.checkpoint import CheckpointError, folder_of
 from lm.config import Recipe, to_dict
 from lm.decoder import Decoder, Watched
 from lm.diagnosis import PARAMETER, NonFiniteError, first_non_finite
@@ -28,6 +28,9 @@ from lm.processes import World
 logger = logging.getLogger("mixerlab")
 
 Batch = dict[str, Tensor]
+
+MOST_SKIPPED = 10
+"""Steps one after another that may be left out: more are no accident."""
 
 
 class LanguageModel(L.LightningModule):
@@ -65,8 +68,10 @@ class LanguageModel(L.LightningModule):
         self.train_metrics = TokenMetrics(token_bytes, sync_on_compute=False)
         self.step_metrics: dict[str, Tensor | float] = {}
         """Loss, gradient norm and so on of the last optimiser step."""
-        self.validated_step, self.valid_loss = -1, math.nan
-        """The step of the last validation and its loss, of the first loader."""
+        self.validated_step = -1
+        self.valid_rates: dict[str, float] = {}
+        """What the last validation found, by "loader/rate", and after which step."""
+        self._skipped = 0  # steps left out, one after another
         self._micro_batches: list[tuple[int, Batch]] = []  # of the step under way, with their seeds
 
     def configure_model(self) -> None:
@@ -75,16 +80,15 @@ class LanguageModel(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainer = self.recipe.trainer
         validated = self.validated_step == checkpoint["global_step"]
-        checkpoint["valid_loss"] = self.valid_loss if validated and math.isfinite(self.valid_loss) else None
-        checkpoint["validated"] = validated
+        checkpoint["valid_loss"] = self.valid_loss if validated else None
+        checkpoint["metrics"] = self.valid_rates if validated else None
         checkpoint["rows_per_step"] = trainer.batch_size * trainer.accumulate * self.world.size
         checkpoint["recipe"] = to_dict(replace(self.recipe, resume=None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         step = checkpoint["global_step"]
-        self.validated_step = step if checkpoint.get("validated") else -1
-        if checkpoint.get("valid_loss") is not None:
-            self.valid_loss = checkpoint["valid_loss"]
+        if checkpoint.get("metrics") is not None:
+            self.validated_step, self.valid_rates = step, checkpoint["metrics"]
         # Lightning counts micro-batches of this rank, of which another number of ranks makes another number.
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
         if progress is not None:
@@ -132,6 +136,8 @@ class LanguageModel(L.LightningModule):
         self.step_metrics = {**rates, "gradient_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
         if not torch.isfinite(norm + rates["loss"].to(norm.device)):
             self._handle_non_finite(float(rates["loss"]), float(norm))
+        else:
+            self._skipped = 0
         self._micro_batches = []
 
     def _handle_non_finite(self, loss: float, norm: float) -> None:
@@ -142,7 +148,8 @@ class LanguageModel(L.LightningModule):
             [batch for _, batch in self._micro_batches],
         )
         self._micro_batches = []
-        names = self.world.gather(first_non_finite(self.decoder, batches, seeds))
+        with self.trainer.precision_plugin.forward_context():  # the dtypes of the step itself
+            names = self.world.gather(first_non_finite(self.decoder, batches, seeds))
         # Without gradients the optimiser changes nothing, its averages included.
         self.zero_grad(set_to_none=True)
         # A bad number of one rank reaches the parameters' gradients on all: the rank that saw it earlier made it.
@@ -153,14 +160,23 @@ class LanguageModel(L.LightningModule):
         text = f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; first not finite{on_rank}: {where}"
         if self.run is not None:
             path = self.run / f"non-finite-step-{step}-rank-{self.world.rank}.pt"
-            torch.save({"step": step, "seeds": seeds, "micro_batches": batches}, path)
-            text += f"; the batch is in {path.with_name(f'non-finite-step-{step}-rank-{rank}.pt')}"
-        if self.recipe.trainer.on_non_finite == "skip":
+            try:
+                torch.save({"step": step, "seeds": seeds, "micro_batches": batches}, path)
+                text += f"; the batch is in {path.with_name(f'non-finite-step-{step}-rank-{rank}.pt')}"
+            except (OSError, RuntimeError) as error:
+                text += f"; the batch could not be saved: {error}"
+        self._skipped += 1
+        if self.recipe.trainer.on_non_finite == "skip" and self._skipped < MOST_SKIPPED:
             if self.world.rank == 0:
                 logger.warning("%s; left out", text)
             return
-        if self.run is not None:
-            self.trainer.save_checkpoint(folder_of(self.run, step - 1))
+        if self._skipped > 1:
+            text += f"; {self._skipped} steps one after another"
+        if self.run is not None and not folder_of(self.run, step - 1).exists():
+            try:
+                self.trainer.save_checkpoint(folder_of(self.run, step - 1))
+            except CheckpointError as error:
+                text += f"; {error}"
         self.world.all_raised = True
         raise NonFiniteError(
             f"{text}. The weights are as they were before this step. Continue with resume=auto and "
@@ -184,9 +200,15 @@ class LanguageModel(L.LightningModule):
             metrics = cast(TokenMetrics, self.valid_metrics[name])
             for rate, value in metrics.compute().items():
                 self._report(f"{name}/{rate}", value)
-                if rate == "loss" and name == self.valid_names[0]:
-                    self.validated_step, self.valid_loss = self.trainer.global_step, float(value)
+                self.valid_rates[f"{name}/{rate}"] = float(value)
             metrics.reset()
+        self.validated_step = self.trainer.global_step
+
+    @property
+    def valid_loss(self) -> float | None:
+        """Loss of the first loader in the last validation; None where there was none or it is not finite."""
+        loss = self.valid_rates.get(f"{self.valid_names[0]}/loss", math.nan)
+        return loss if math.isfinite(loss) else None
 
     def _report(self, name: str, value: Tensor) -> None:
         """To the loggers at the number of finished steps, and to callbacks such as the best checkpoint."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -164,7 +165,11 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def model_to_device(self) -> None:
-        """The shards are where they belong, which with cpu_offload is not the device."""
+        """Moves the metrics; the shards are where they belong, which with cpu_offload is not the device."""
+        assert self.lightning_module is not None
+        for child in self.lightning_module.children():
+            if not isinstance(child, FSDPModule):
+                child.to(self.root_device)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None

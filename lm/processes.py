@@ -32,6 +32,9 @@ from lm.config import ConfigError, StrategyConfig
 
 Answer = TypeVar("Answer")
 
+INTERRUPTED = (75, 130)
+"""Exit codes of a run that was asked to end and can be continued: EX_TEMPFAIL of sysexits.h, and Ctrl-C."""
+
 FOREVER = timedelta(days=30)
 """How long the others wait for what only rank 0 does, such as tokenising the data: it has no time limit."""
 
@@ -53,6 +56,7 @@ class World:
     all_raised: bool = False
     """Whether the exception under way is raised on every rank, so that rank 0 alone should print it."""
     _questions: int = 0
+    _closing: bool = False
     _children: list[subprocess.Popen] = field(default_factory=list)
 
     @property
@@ -73,7 +77,11 @@ class World:
                 answer = question()
             except Exception as error:
                 problem = error
-            self.store.set(key, pickle.dumps((answer, problem)))
+            try:
+                reply = pickle.dumps((answer, problem))
+            except Exception:  # an exception of some library that cannot travel; rank 0 raises it itself
+                reply = pickle.dumps((None, LostProcessError(f"rank 0 failed: {problem!r}")))
+            self.store.set(key, reply)
         else:
             self.store.wait([key], FOREVER)
             answer, problem = pickle.loads(self.store.get(key))  # written by rank 0 of this very run
@@ -81,6 +89,13 @@ class World:
             self.all_raised = True
             raise problem
         return answer
+
+    def wait_for_all(self) -> None:
+        """Returns when every rank has come here, however long that takes; to be called once."""
+        if self.size > 1:
+            keys = [f"here/{rank}" for rank in range(self.size)]
+            self.store.set(keys[self.rank], "")
+            self.store.wait(keys, FOREVER)
 
     def connect(self, device: torch.device, strategy: StrategyConfig) -> None:
         """Makes torch's process group, if it is needed: gloo for what lies on the CPU, NCCL for GPUs."""
@@ -113,8 +128,21 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
+    def killed(self) -> str | None:
+        """Which of the processes started here was killed or failed, in words; waits a moment for the news."""
+        for _ in range(20):
+            for rank, child in enumerate(self._children, 1):
+                if (code := child.poll()) not in (None, 0, *INTERRUPTED):
+                    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                    return f"rank {rank} {how}"
+            if not self._children:
+                return None
+            time.sleep(0.1)
+        return None
+
     def close(self, failed: bool) -> None:
         """Leaves the process group and waits for the processes that this one started; not long if it failed."""
+        self._closing = True
         if dist.is_initialized() and not failed:
             dist.destroy_process_group()
         for child in self._children:
@@ -230,14 +258,13 @@ def _watch_children(world: World) -> None:
     """Ends this process where one that it started has failed: it would wait for it in vain."""
     while True:
         time.sleep(0.2)
-        for rank, child in enumerate(list(world._children), 1):
-            if child.poll() not in (None, 0):
-                time.sleep(5)  # to say itself what is wrong, if it notices
-                how = f"killed by signal {-child.returncode}" if child.returncode < 0 else "ended"
-                _say(
-                    f"error: rank {rank} was {how} (exit code {child.returncode}); continue with resume=auto"
-                )
-                _exit(world, 1)
+        if any(child.poll() not in (None, 0, *INTERRUPTED) for child in list(world._children)):
+            lost = world.killed()
+            time.sleep(5)  # for this process to notice, and to say more
+            if world._closing:
+                return
+            _say(f"stopped: {lost}. The checkpoints are whole; continue with resume=auto")
+            _exit(world, 1)
 
 
 def _watch_parent() -> None:
@@ -275,6 +302,7 @@ class HangWatch:
             # A connection of its own: the main thread may wait in the other one.
             client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
             self._store = dist.PrefixStore("moved", client)
+            self._store.set(str(world.rank), "0 starting")
             threading.Thread(target=self._watch, daemon=True).start()
 
     def moved(self, doing: str) -> None:
@@ -293,11 +321,19 @@ class HangWatch:
                 elif time.monotonic() - since > self.timeout:
                     self._report()
                 time.sleep(min(1.0, self.timeout / 20))
-        except RuntimeError:  # the store has gone with rank 0: the end of the run is on its way
-            return
+        except RuntimeError:  # the store has gone with rank 0
+            if time.monotonic() - since > self.timeout:
+                _say(
+                    f"error: no progress for {self.timeout:g} s, and rank 0 does not answer. Continue with resume=auto"
+                )
+                _exit(self.world, 1)
 
     def _report(self) -> None:
-        found = [self._store.get(str(rank)).decode().split(" ", 1) for rank in range(self.world.size)]
+        ranks = [str(rank) for rank in range(self.world.size)]
+        found = [
+            self._store.get(rank).decode().split(" ", 1) if self._store.check([rank]) else ["-1", "starting"]
+            for rank in ranks
+        ]
         counts = [int(count) for count, _ in found]
         behind = [rank for rank, count in enumerate(counts) if count == min(counts)]
         me = self.world.rank

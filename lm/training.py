@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -46,11 +47,11 @@ from lm.callbacks import (
 from lm.checkpoint import last_checkpoint, read_meta, set_aside_after
 from lm.config import ConfigError, Recipe, differing_keys, to_dict, to_yaml
 from lm.decoder import Decoder
-from lm.diagnosis import OutOfMemoryError, explain, is_out_of_memory, memory_advice
+from lm.diagnosis import LOST, OutOfMemoryError, explain, is_out_of_memory, memory_advice
 from lm.module import LanguageModel
 from lm.parallel import keep_freed_memory, lightning_strategy, make_mesh, parallelize
 from lm.precision import BF16Weights
-from lm.processes import HangWatch, World, start
+from lm.processes import INTERRUPTED, HangWatch, World, start
 from lm.run import (
     DATA,
     build_decoder,
@@ -126,12 +127,14 @@ def run_recipe(recipe: Recipe, console: Console, command: Sequence[str]) -> int:
         console.print(
             f"stopped: {stop}; a checkpoint is written, continue with the same command and resume=auto"
         )
-        code = 128 + signal.SIGINT if stop.signum == signal.SIGINT else INTERRUPTED
+        code = INTERRUPTED[stop.signum == signal.SIGINT]
     except KeyboardInterrupt:
         print("interrupted; continue with the same command and resume=auto", file=sys.stderr)
-        code = 128 + signal.SIGINT
+        code = INTERRUPTED[1]
     except Exception as error:
         known = explain(error)
+        if known is not None and known.startswith(LOST) and (culprit := world.killed()):
+            known = f"{culprit}: {known}"
         code = 2 if isinstance(error, (BackendError, ConfigError, DataError)) else 1
         if world.rank and not world.all_raised:
             print(f"rank {world.rank}: {known or traceback.format_exc()}", file=sys.stderr)
@@ -140,12 +143,8 @@ def run_recipe(recipe: Recipe, console: Console, command: Sequence[str]) -> int:
         elif not world.rank:
             print(f"{'error' if code == 2 else 'stopped'}: {known}", file=sys.stderr)
     finally:
-        world.close(failed=code not in (0, INTERRUPTED, 128 + signal.SIGINT))
+        world.close(failed=code not in (0, *INTERRUPTED))
     return code
-
-
-INTERRUPTED = 75
-"""Exit code of a run that was asked to end and can be continued: EX_TEMPFAIL of sysexits.h."""
 
 
 def train(recipe: Recipe, console: Console, world: World | None = None) -> Result:
@@ -156,7 +155,13 @@ def train(recipe: Recipe, console: Console, world: World | None = None) -> Resul
     """
     quiet_libraries()
     world = world or World()
-    kind = accelerator(recipe)
+    started = time.monotonic()
+    kind = world.ask_main(lambda: accelerator(recipe))
+    if kind == "gpu" and world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {world.rank}: it should train on GPU {world.local_rank} of its machine, but sees "
+            f"{torch.cuda.device_count()}; start as many processes a machine as it has GPUs, all visible to each"
+        )
     device = torch.device("cuda", world.local_rank) if kind == "gpu" else torch.device("cpu")
     if kind == "cpu":
         keep_freed_memory()
@@ -172,17 +177,19 @@ def train(recipe: Recipe, console: Console, world: World | None = None) -> Resul
     world.ask_main(lambda: _prepare(data))
     if world.rank and world.local_rank == 0:
         data.prepare()  # on this machine, unless the cache's folder is shared
+    world.wait_for_all()
     world.connect(device, recipe.strategy)
-    world.gather(None)  # every machine is ready
     if world.rank:
         data.setup()
     steps = count_steps(recipe, len(data.train_dataset()), data.seq_len, world.size)
+    if finished := world.ask_main(lambda: _finish(resumed, checkpoint, first_step, steps)):
+        return finished
     run = world.ask_main(
         lambda: _open_run(recipe, resumed, checkpoint, data, first_step, steps, world, console)
     )
     lock = lock_run(run) if world.rank == 0 else None
     try:
-        result = _fit(recipe, run, checkpoint, data, first_step, steps, world, device, console)
+        result = _fit(recipe, run, checkpoint, data, first_step, steps, world, device, console, started)
     finally:
         if lock is not None:
             lock.release()
@@ -209,6 +216,18 @@ def _find_start(recipe: Recipe, console: Console) -> tuple[Path | None, Path | N
     if checkpoint is not None:
         check_recipe_of(checkpoint, recipe)
     return resumed, checkpoint
+
+
+def _finish(resumed: Path | None, checkpoint: Path | None, first_step: int, steps: int) -> Result | None:
+    """The result of a run that was killed between its last checkpoint and writing its result; None for others."""
+    if resumed is None or checkpoint is None or first_step != steps or (resumed / "result.json").exists():
+        return None
+    metrics = read_meta(checkpoint)["metrics"]
+    if metrics is None:
+        return None
+    lock_run(resumed).release()  # raises if another process trains it
+    write_result(resumed, steps, metrics)
+    return Result(resumed, steps, metrics, "")
 
 
 def _open_run(
@@ -249,18 +268,19 @@ def _fit(
     world: World,
     device: torch.device,
     console: Console,
+    started: float,
 ) -> Result:
     mesh = make_mesh(recipe.strategy, world, device.type)
     decoder = make_decoder(recipe, data.vocab_size, mesh)
     module = LanguageModel(recipe, decoder, steps, data.token_bytes, tuple(data.val_datasets()), world, run)
     watch = HangWatch(world, recipe.strategy.timeout)
-    watchers = _watchers(recipe, run, data, decoder, console, world, watch)
+    watchers = _watchers(recipe, run, data, decoder, console, world, watch, started)
     loggers: list[Logger] = []
     if world.rank == 0:
         purge = first_step + 1 if first_step else None
         loggers = [
             TensorBoardLogger(run, name="", version="", default_hp_metric=False, purge_step=purge),
-            CSVMetrics(run, first_step),
+            CSVMetrics(run, first_step, checkpoint is None or read_meta(checkpoint)["metrics"] is not None),
         ]
     trainer = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -297,6 +317,8 @@ def _fit(
             logger.experiment.add_text("recipe", as_markdown_block(to_yaml(recipe)), first_step)
     loaders = Loaders(data, recipe.trainer, recipe.seed, first_step, world)
     interruptions = next(watcher for watcher in watchers if isinstance(watcher, Interruptions))
+    # Lightning's handlers would end the run without a checkpoint, or wait for ranks that got no signal.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     interruptions.install()
     try:
         trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
@@ -315,15 +337,21 @@ def _fit(
     }
     sample = next((watcher.latest for watcher in watchers if isinstance(watcher, SampleText)), "")
     if world.rank == 0:
+        write_result(run, trainer.global_step, final)
         # Under a name of its own: TensorBoard writes these metrics as points too.
         last = {name.replace("valid/", "final/", 1): value for name, value in final.items()}
         for logger in loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(_flat(to_dict(recipe)), last, step=trainer.global_step)
                 logger.finalize("success")
-        result = json.dumps({"steps": trainer.global_step, **final}, indent=2)
-        (run / "result.json").write_text(result + "\n")
     return Result(run, trainer.global_step, final, sample)
+
+
+def write_result(run: Path, steps: int, metrics: dict[str, float]) -> None:
+    """Marks a run as finished."""
+    new = run / "result.json.new"
+    new.write_text(json.dumps({"steps": steps, **metrics}, indent=2) + "\n")
+    new.replace(run / "result.json")
 
 
 def report(result: Result, recipe: Recipe, console: Console) -> None:
@@ -350,12 +378,14 @@ def _watchers(
     console: Console,
     world: World,
     watch: HangWatch,
+    started: float,
 ) -> list[Callback]:
     """The callbacks, in the order in which they are called, but that Lightning calls `Checkpoints` last."""
     metrics = Metrics(recipe.logging.every, 3 * decoder.flops(data.seq_len) / data.seq_len)
     checkpoints = Checkpoints(run, recipe.trainer, watch)
     watchers: list[Callback] = [Pulse(watch), metrics, StopAtTheEnd()]
-    if data.tokenizer is not None and recipe.logging.sample_tokens:
+    # With cpu_offload generating would have to know where the states of a decoder's layers belong.
+    if data.tokenizer is not None and recipe.logging.sample_tokens and not recipe.strategy.cpu_offload:
         watchers.append(
             SampleText(data.tokenizer, recipe.logging.sample_prompt, recipe.logging.sample_tokens)
         )
@@ -363,7 +393,7 @@ def _watchers(
         *watchers,
         StepProgress(metrics, console),
         PendingValidation(recipe.trainer.val_every),
-        Interruptions(checkpoints, world, recipe.trainer.max_seconds(), console),
+        Interruptions(checkpoints, world, started + recipe.trainer.max_seconds()),
         checkpoints,
     ]
 
@@ -390,7 +420,9 @@ def _check_rows(run: Path, before: int | None, recipe: Recipe, world: World) -> 
         fitting = (
             f"trainer.accumulate={before // per_device}"
             if before % per_device == 0
-            else f"a trainer.batch_size that divides {before // math.gcd(before, world.size)}"
+            else f"a trainer.batch_size that divides {before // world.size}"
+            if before % world.size == 0
+            else f"a number of devices that divides {before}"
         )
         raise ConfigError(
             f"resume = {str(run)!r}: a step of that run has {before} rows, and here {now} (trainer.batch_size = "

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 
 import pytest
@@ -21,6 +22,7 @@ from lm.checkpoint import (
     list_checkpoints,
     main,
     named_checkpoint,
+    note_validation,
     prune,
     read,
     read_meta,
@@ -152,6 +154,41 @@ def test_a_checkpoint_without_a_list_of_its_files_is_damaged(run, content):
     assert "meta.json" in find_damage(folder_of(run, 40))
     assert last_checkpoint(run) == folder_of(run, 30)
     assert best_checkpoint(run) == folder_of(run, 20)
+
+
+@pytest.mark.parametrize("key", ["global_step", "valid_loss", "rows_per_step"])
+def test_a_changed_number_in_the_list_is_damage(run, key):
+    path = folder_of(run, 40) / "meta.json"
+    path.write_text(re.sub(rf'"{key}": [^,]+', f'"{key}": 18', path.read_text()))
+    assert "the checksum of meta.json is wrong" in find_damage(folder_of(run, 40))
+    assert last_checkpoint(run) == folder_of(run, 30)
+
+
+def test_a_validation_is_added_to_a_checkpoint_that_was_written_before_it(run):
+    note_validation(folder_of(run, 30), 1.5, {"valid/loss": 1.5})
+    assert best_checkpoint(run) == folder_of(run, 30)
+    assert read(folder_of(run, 30))["metrics"] == {"valid/loss": 1.5}
+    assert find_damage(folder_of(run, 30)) is None
+
+
+def test_a_crash_while_a_checkpoint_is_replaced_loses_none(run, monkeypatch):
+    class Crash(BaseException):
+        pass
+
+    rename, renames = module.Path.rename, []
+
+    def crash_at_the_second(path, target):
+        renames.append(path)
+        if len(renames) == 2:
+            raise Crash
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Path, "rename", crash_at_the_second)
+        with pytest.raises(Crash):
+            convert(folder_of(run, 40), 2)
+    assert last_checkpoint(run) == folder_of(run, 40)
+    assert_same(read(folder_of(run, 40)), state(40, 2.5))
 
 
 def test_a_mix_of_shards_of_two_steps_is_refused_by_name(run):

@@ -209,7 +209,6 @@ BAD = {
     ),
     "run to resume is missing": (["resume=nowhere"], "run folder nowhere", "no such folder"),
     "no GPU": (["strategy.accelerator=tpu"], "strategy.accelerator = 'tpu'", "one of auto, cpu, gpu"),
-    "several devices": (["strategy.devices=2"], "strategy.devices = 2", "one of 1"),
 }
 
 

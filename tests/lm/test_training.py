@@ -326,6 +326,17 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_keys(
         assert said in capsys.readouterr().err
 
 
+def test_a_run_that_was_killed_just_before_its_result_gets_it(tmp_path, options, capsys):
+    assert train.main([TINY, *options]) == 0
+    (run,) = run_dirs(tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
+    assert train.main([TINY, *options, "resume=auto"]) == 0
+    assert json.loads((run / "result.json").read_text()) == pytest.approx(result)
+    assert "after 20 steps" in capsys.readouterr().out
+    assert run_dirs(tmp_path) == [run]
+
+
 def test_resuming_a_run_that_is_at_its_end_says_so(tmp_path, options, capsys):
     assert train.main([TINY, *options, "trainer.steps=2"]) == 0
     run = run_dirs(tmp_path)[0]
