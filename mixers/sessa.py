@@ -38,7 +38,7 @@ class SessaConfig:
     feedback: bool = field(
         default=True, metadata={"help": "false: no feedback branch (the paper's control, s = f)"}
     )
-    backend: Literal["auto", "reference", "chunked"] = field(
+    backend: Literal["auto", "triton", "chunked", "reference"] = field(
         default="auto", metadata={"help": "implementation of the feedback operator"}
     )
 
