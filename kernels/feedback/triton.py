@@ -49,7 +49,7 @@ class Tiles:
 
 
 HALF = Tiles(tile=128, step=64, block=64, slice=32, warps=8, solve_warps=4, stages=3)
-SINGLE = Tiles(tile=64, step=32, block=32, slice=16, warps=4, solve_warps=4, stages=2)
+SINGLE = Tiles(tile=64, step=16, block=32, slice=16, warps=4, solve_warps=4, stages=3)
 
 PANEL_BYTES = 256 * 2**20
 """Panels are made smaller, down to one tile of rows, where a panel's weights would take more than this."""
@@ -64,7 +64,7 @@ def panel_rows(N: int, T: int, S: int, dtype: torch.dtype, chunk_size: int | Non
     tile = tiles_for(dtype).tile
     if chunk_size is not None:
         R = 4 * tile
-        while R > max(chunk_size, tile):
+        while max(chunk_size, tile) < R:
             R //= 2
         return R
     R = 512 if T >= 2048 else 256 if T > 256 else 128
@@ -187,11 +187,12 @@ def feedback_forward(
                     H=H,
                     P=P,
                     **tiling,
+                    STEP=tiles.step,
                     WIDTH=width,
                     HAS_SEGMENTS=flags["HAS_SEGMENTS"],
                     PRECISION=precision,
                     num_warps=tiles.warps,
-                    num_stages=2,
+                    num_stages=tiles.stages,
                 )
             solve_kernel[(triton.cdiv(P, tiles.slice), N)](
                 weights,
@@ -463,7 +464,7 @@ def _inner_products(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(TILE, TILE) inner products over the first `summed` features: rows of x (n_rows, W) by rows of y (n_columns, W)."""
+    """(TILE, TILE): rows of x (n_rows, W) by rows of y (n_columns, W), over the first `summed` features."""
     rows = row + tl.arange(0, TILE)
     columns = column + tl.arange(0, TILE)
     products = tl.zeros((TILE, TILE), tl.float32)
@@ -622,6 +623,7 @@ def product_kernel(
     P: tl.constexpr,
     R: tl.constexpr,
     TILE: tl.constexpr,
+    STEP: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -637,11 +639,14 @@ def product_kernel(
 
     attended = tl.zeros((TILE, WIDTH), tl.float32)
     for tile in range(begin, (L + lo) // TILE):
-        columns = tile * TILE + tl.arange(0, TILE)
-        w = tl.load(weights + (n * R + local)[:, None] * (n_tiles * TILE) + columns[None, :])
-        y = tl.load(s + (n * (L + T) + columns)[:, None] * P + p[None, :], mask=(p < P)[None, :], other=0.0)
+        products = tl.zeros((TILE, WIDTH), tl.float32)
+        for at in tl.static_range(0, TILE, STEP):
+            columns = tile * TILE + at + tl.arange(0, STEP)
+            w = tl.load(weights + (n * R + local)[:, None] * (n_tiles * TILE) + columns[None, :])
+            y = tl.load(s + (n * (L + T) + columns)[:, None] * P + p[None, :], mask=(p < P)[None, :], other=0.0)
+            products = tl.dot(w, y, products, input_precision=PRECISION)
         factor = tl.exp(tl.load(tops + (n * n_tiles + tile) * R + local) - shift)
-        attended += factor[:, None] * tl.dot(w, y, input_precision=PRECISION)
+        attended += factor[:, None] * products
     row_total = tl.load(total + n * T + rows, mask=rows < T, other=1.0)
     attended = attended / tl.maximum(row_total, 1.0)[:, None]
     tl.store(mean + (n * R + local)[:, None] * P + p[None, :], attended, mask=(p < P)[None, :])
