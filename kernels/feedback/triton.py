@@ -13,7 +13,7 @@ Backward, over panels of R columns from the last to the first, for all rows that
     alpha               alpha again, from the saved maxima and sums
     transposed_product  alpha[after, panel]^T (gamma G)[after]
     transposed_solve    the panel's triangle, transposed: G = df; and dgamma_t = <G_t, a_t>, a = alpha s saved
-    dlogits             alpha * (gamma <G_t, s_j> - gamma dgamma_t), in place of alpha
+    dlogits             alpha * (<gamma_t G_t, s_j> - <gamma_t G_t, a_t>), in place of alpha
     transposed_product  dk
     dq_product          dq, added up over the panels in float32
 
@@ -168,7 +168,7 @@ def feedback_forward(
                 HAS_SEGMENTS=flags["HAS_SEGMENTS"],
                 # Of the tf32 products of 16-bit inputs the error is less than that of their rounding.
                 PRECISION=precision if f.dtype == torch.float32 else "tf32",
-                num_warps=tiles.solve_warps,
+                **_launch(tiles.solve_warps),
             )
             if L + lo:
                 width = _width(P, tiles)
@@ -191,8 +191,8 @@ def feedback_forward(
                     WIDTH=width,
                     HAS_SEGMENTS=flags["HAS_SEGMENTS"],
                     PRECISION=precision,
-                    num_warps=tiles.warps,
-                    num_stages=tiles.stages,
+                    # A stage holds TILE columns, not STEP: of two, sm_80 keeps one without spilling registers.
+                    **_launch(tiles.warps, 2),
                 )
             solve_kernel[(triton.cdiv(P, tiles.slice), N)](
                 weights,
@@ -217,7 +217,7 @@ def feedback_forward(
                 WIDTH=tiles.slice,
                 HAS_SEGMENTS=flags["HAS_SEGMENTS"],
                 PRECISION=precision,
-                num_warps=tiles.solve_warps,
+                **_launch(tiles.solve_warps),
             )
     return s[:, L:].unflatten(0, (B, H)).contiguous(), attended, top, total, inverse
 
@@ -260,6 +260,7 @@ def feedback_backward(
     scaled_g = s.new_empty(N, T, P)
     n_slices = triton.cdiv(P, tiles.slice)
     dgamma_parts = gamma.new_empty(n_slices, B, H, T)
+    correction_parts = torch.empty_like(dgamma_parts)
     rows_below = _round_up(T, tiles.tile)
     weights = s.new_empty(N, rows_below, R)
     rhs = gamma.new_empty(N, R, P)
@@ -292,8 +293,7 @@ def feedback_backward(
             HAS_ADDEND=addend is not None,
             HAS_SEGMENTS=last is not None,
             PRECISION=precision,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            **_launch(tiles.warps, tiles.stages),
         )
 
     # (first row that sees the panel, first column, columns, whether the panel holds a part of the diagonal)
@@ -331,6 +331,7 @@ def feedback_backward(
                     g,
                     scaled_g,
                     dgamma_parts,
+                    correction_parts,
                     lo,
                     T,
                     L,
@@ -339,7 +340,7 @@ def feedback_backward(
                     M=tiles.block,
                     WIDTH=tiles.slice,
                     PRECISION=precision,
-                    num_warps=tiles.solve_warps,
+                    **_launch(tiles.solve_warps),
                 )
             else:
                 transposed_product(scaled_g, g, None, 1.0, 0, *span, first_column, False)
@@ -347,8 +348,7 @@ def feedback_backward(
                 scaled_g,
                 s,
                 **visible,
-                gamma=gamma,
-                dgamma_parts=dgamma_parts,
+                correction_parts=correction_parts,
                 weights=weights,
                 **panel,
                 H=H,
@@ -379,8 +379,7 @@ def feedback_backward(
                 DIAGONAL=diagonal,
                 HAS_SEGMENTS=flags["HAS_SEGMENTS"],
                 PRECISION=precision,
-                num_warps=tiles.warps,
-                num_stages=tiles.stages,
+                **_launch(tiles.warps, tiles.stages),
             )
     return dq_sum.to(q.dtype), dk, dgamma_parts.sum(0), g
 
@@ -397,7 +396,13 @@ def _width(width: int, tiles: Tiles) -> int:
 def _inner_options(width: int, tiles: Tiles) -> dict[str, int]:
     """Options of the kernels that sum over features."""
     step = max(16, min(tiles.step, triton.next_power_of_2(width)))
-    return {"STEP": step, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    return {"STEP": step, **_launch(tiles.warps, tiles.stages)}
+
+
+def _launch(warps: int, stages: int = 3) -> dict[str, int]:
+    options = {"num_warps": warps, "num_stages": stages}
+    # A program may have all registers: else the assembler spills a few of some kernels to make room for another.
+    return options | {"maxnreg": 255} if warps == 8 else options
 
 
 # ---- what several kernels do ----
@@ -643,7 +648,9 @@ def product_kernel(
         for at in tl.static_range(0, TILE, STEP):
             columns = tile * TILE + at + tl.arange(0, STEP)
             w = tl.load(weights + (n * R + local)[:, None] * (n_tiles * TILE) + columns[None, :])
-            y = tl.load(s + (n * (L + T) + columns)[:, None] * P + p[None, :], mask=(p < P)[None, :], other=0.0)
+            y = tl.load(
+                s + (n * (L + T) + columns)[:, None] * P + p[None, :], mask=(p < P)[None, :], other=0.0
+            )
             products = tl.dot(w, y, products, input_precision=PRECISION)
         factor = tl.exp(tl.load(tops + (n * n_tiles + tile) * R + local) - shift)
         attended += factor[:, None] * products
@@ -833,6 +840,7 @@ def transposed_solve_kernel(
     g,  # (N, S, P)
     scaled_g,  # (N, T, P)
     dgamma_parts,  # (ceil(P / WIDTH), N, T)
+    correction_parts,  # (ceil(P / WIDTH), N, T)
     lo,
     T,
     L,
@@ -870,10 +878,13 @@ def transposed_solve_kernel(
         own = (n * T + rows)[:, None] * P + p[None, :]
         tl.store(g + (n * (L + T) + L + rows)[:, None] * P + p[None, :], v.to(x.dtype), mask=here)
         gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
-        tl.store(scaled_g + own, (gain[:, None] * v).to(x.dtype), mask=here)
+        scaled = (gain[:, None] * v).to(x.dtype)
+        tl.store(scaled_g + own, scaled, mask=here)
         a = tl.load(attended + own, mask=here, other=0.0).to(tl.float32)
-        part = dgamma_parts + (tl.program_id(0) * tl.num_programs(1) + n) * T + rows
-        tl.store(part, tl.sum(v * a, axis=1), mask=inside)
+        part = (tl.program_id(0) * tl.num_programs(1) + n) * T + rows
+        tl.store(dgamma_parts + part, tl.sum(v * a, axis=1), mask=inside)
+        # gamma dgamma, but of what `dlogits` multiplies: so rounding leaves the sum over a row's dlogits at 0.
+        tl.store(correction_parts + part, tl.sum(scaled.to(tl.float32) * a, axis=1), mask=inside)
         tl.debug_barrier()  # the next block reads what other threads stored
 
 
@@ -883,8 +894,7 @@ def dlogits_kernel(
     s,  # (N, S, P)
     first,  # (B, T)
     length,  # (B,)
-    gamma,  # (N, T)
-    dgamma_parts,  # (SLICES, N, T)
+    correction_parts,  # (SLICES, N, T)
     weights,  # (N, ceil(T / TILE) * TILE, R), rows from lo
     lo,
     first_column,
@@ -913,15 +923,15 @@ def dlogits_kernel(
         scaled_g + n * T * P, s + n * (L + T) * P, T, L + T, row, column, summed, P, TILE, STEP, PRECISION
     )
     rows = row + tl.arange(0, TILE)
-    dgamma = tl.zeros((TILE,), tl.float32)
+    correction = tl.zeros((TILE,), tl.float32)
     for part in range(SLICES):
-        dgamma += tl.load(dgamma_parts + (part * tl.num_programs(2) + n) * T + rows, mask=rows < T, other=0.0)
-    gain = tl.load(gamma + n * T + rows, mask=rows < T, other=0.0)
+        at = correction_parts + (part * tl.num_programs(2) + n) * T + rows
+        correction += tl.load(at, mask=rows < T, other=0.0)
     padded = (T + TILE - 1) // TILE * TILE
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
     at = weights + (n * padded + rows - lo)[:, None] * R + columns[None, :]
     alpha = tl.load(at)
-    dlogits = alpha.to(tl.float32) * (products - (gain * dgamma)[:, None])
+    dlogits = alpha.to(tl.float32) * (products - correction[:, None])
     tl.store(at, dlogits.to(alpha.dtype))
 
 
