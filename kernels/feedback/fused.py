@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 from kernels.feedback.chunked import _vmap_rule
 
 _HAS_TRITON = find_spec("triton") is not None
+_TILE = 128
+"""The past is padded to a multiple of every tile, so that tiles of new rows and columns meet at the diagonal."""
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -46,8 +48,6 @@ def feedback_fused(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and results as of `feedback_attention`. Memory is linear in T; differentiable once."""
-    from kernels.feedback.triton import tiles_for  # here: triton need not be installed
-
     # A panel of weights and what it multiplies share a dtype.
     dtype = torch.promote_types(q.dtype, f.dtype)
     q, k, s = q.to(dtype), k.to(dtype), f.to(dtype)
@@ -57,8 +57,7 @@ def feedback_fused(
         k_past, s_past = (x.to(dtype) for x in past)
         L = k_past.shape[2]
         length = past_length if past_length is not None else q.new_full(q.shape[:1], L, dtype=torch.int64)
-        # Whole tiles of past, so that tiles of new rows and columns meet at the diagonal.
-        gap = (0, 0, 0, -L % tiles_for(dtype).tile)
+        gap = (0, 0, 0, -L % _TILE)
         s_past = pad(s_past, gap)
         k = torch.cat([pad(k_past, gap), k], dim=2)
     s, _, top, total, _ = _Feedback.apply(
@@ -98,8 +97,11 @@ class _FeedbackBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args):
-        return _backward(*args)
+    def forward(
+        ds, q, k, gamma, s, attended, top, total, inverse, s_past, length, ids, scale, chunk_size
+    ):
+        saved = (s, attended, top, total, inverse, s_past)
+        return _backward(ds, q, k, gamma, *saved, length, ids, scale, chunk_size)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -128,7 +130,7 @@ def _forward(
     scale: float,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from kernels.feedback.triton import feedback_forward
+    from kernels.feedback.triton import feedback_forward  # here: triton need not be installed
 
     with torch.autocast(q.device.type, enabled=False):
         return feedback_forward(q, k, f, gamma, s_past, length, ids, scale, chunk_size)

@@ -932,6 +932,13 @@ def dlogits_kernel(
     at = weights + (n * padded + rows - lo)[:, None] * R + columns[None, :]
     alpha = tl.load(at)
     dlogits = alpha.to(tl.float32) * (products - correction[:, None])
+    seen = rows  # how many positions a row sees
+    if HAS_SEGMENTS:
+        seen = rows - tl.load(first + b * T + rows, mask=rows < T, other=0)
+    if HAS_PAST:
+        seen = rows + tl.load(length + b)
+    # The weight of a single one is 1 whatever its logit, and rounding would leave its gradient not quite 0.
+    dlogits = tl.where((seen == 1)[:, None], 0.0, dlogits)
     tl.store(at, dlogits.to(alpha.dtype))
 
 
