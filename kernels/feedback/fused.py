@@ -97,9 +97,7 @@ class _FeedbackBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        ds, q, k, gamma, s, attended, top, total, inverse, s_past, length, ids, scale, chunk_size
-    ):
+    def forward(ds, q, k, gamma, s, attended, top, total, inverse, s_past, length, ids, scale, chunk_size):
         saved = (s, attended, top, total, inverse, s_past)
         return _backward(ds, q, k, gamma, *saved, length, ids, scale, chunk_size)
 
@@ -166,9 +164,9 @@ def _(q, k, f, gamma, s_past, length, ids, scale, chunk_size):
 
     B, H, T, _ = f.shape
     M = tiles_for(f.dtype).block
-    s, top = f.new_empty(f.shape), gamma.new_empty(gamma.shape)
+    s, attended, top = f.new_empty(f.shape), gamma.new_empty(f.shape), gamma.new_empty(gamma.shape)
     inverse = f.new_empty(B, H, (T + M - 1) // M * M, M)
-    return s, torch.empty_like(s), top, torch.empty_like(top), inverse
+    return s, attended, top, torch.empty_like(top), inverse
 
 
 @_backward.register_fake

@@ -99,7 +99,8 @@ def feedback_forward(
         ids: (B, T) int64, non-decreasing, or None; only where L = 0.
 
     Returns:
-        s and alpha s, (B, H, T, P) in f's dtype; maximum and sum of exp(logit - maximum) of each row's visible
+        s (B, H, T, P) in f's dtype; alpha s (B, H, T, P) float32, in which a row's logit gradients cancel well;
+        maximum and sum of exp(logit - maximum) of each row's visible
         logits, (B, H, T) float32, -inf and 0 where nothing is visible; (I - W)^-1 - I of the diagonal blocks,
         (B, H, ceil(T / M) M, M) in f's dtype.
     """
@@ -117,7 +118,7 @@ def feedback_forward(
     s = f.new_empty(N, S, P)
     if L:
         s[:, :L] = s_past.flatten(0, 1)
-    attended = torch.empty_like(f)
+    attended = gamma.new_empty(B, H, T, P)
     top, total = gamma.new_empty(B, H, T), gamma.new_empty(B, H, T)
     inverse = f.new_empty(B, H, _round_up(T, tiles.block), tiles.block)
     n_tiles = triton.cdiv(S, tiles.tile)
@@ -536,15 +537,16 @@ def scores_kernel(
     visible = _visible(row, column, first, length, b, T, L, TILE, HAS_SEGMENTS, HAS_PAST)
     logits = tl.where(visible, logits, float("-inf"))
     top = tl.max(logits, axis=1)  # (TILE,)
-    w = tl.exp(logits - _finite(top)[:, None])
+    # Summed as they are stored: weights that sum to 1 leave no rounding that is common to a row.
+    w = tl.exp(logits - _finite(top)[:, None]).to(weights.dtype.element_ty)
 
     rows = local + tl.arange(0, TILE)
     columns = column + tl.arange(0, TILE)
     at = weights + (n * R + rows)[:, None] * (n_tiles * TILE) + columns[None, :]
-    tl.store(at, w.to(weights.dtype.element_ty))
+    tl.store(at, w)
     statistics = (n * n_tiles + tl.program_id(0)) * R + rows
     tl.store(tops + statistics, top)
-    tl.store(sums + statistics, tl.sum(w, axis=1))
+    tl.store(sums + statistics, tl.sum(w.to(tl.float32), axis=1))
 
 
 @triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles"])
@@ -725,7 +727,7 @@ def solve_kernel(
         tile = (L + lo + block * M) // TILE
         factor = tl.exp(tl.load(tops + (n * n_tiles + tile) * R + local) - shift) * norm
         u += factor[:, None] * tl.dot(w, solved, input_precision=PRECISION)
-        tl.store(attended + own, u.to(x.dtype), mask=here)
+        tl.store(attended + own, u, mask=here)
         tl.debug_barrier()  # the next block reads what other threads stored
 
 
@@ -880,7 +882,7 @@ def transposed_solve_kernel(
         gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
         scaled = (gain[:, None] * v).to(x.dtype)
         tl.store(scaled_g + own, scaled, mask=here)
-        a = tl.load(attended + own, mask=here, other=0.0).to(tl.float32)
+        a = tl.load(attended + own, mask=here, other=0.0)
         part = (tl.program_id(0) * tl.num_programs(1) + n) * T + rows
         tl.store(dgamma_parts + part, tl.sum(v * a, axis=1), mask=inside)
         # gamma dgamma, but of what `dlogits` multiplies: so rounding leaves the sum over a row's dlogits at 0.
@@ -930,16 +932,16 @@ def dlogits_kernel(
     padded = (T + TILE - 1) // TILE * TILE
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
     at = weights + (n * padded + rows - lo)[:, None] * R + columns[None, :]
-    alpha = tl.load(at)
-    dlogits = alpha.to(tl.float32) * (products - correction[:, None])
-    seen = rows  # how many positions a row sees
-    if HAS_SEGMENTS:
-        seen = rows - tl.load(first + b * T + rows, mask=rows < T, other=0)
-    if HAS_PAST:
-        seen = rows + tl.load(length + b)
-    # The weight of a single one is 1 whatever its logit, and rounding would leave its gradient not quite 0.
-    dlogits = tl.where((seen == 1)[:, None], 0.0, dlogits)
-    tl.store(at, dlogits.to(alpha.dtype))
+    alpha = tl.load(at).to(tl.float32)
+    if not HAS_PAST:
+        # Rows that see nothing outside this tile need no correction from elsewhere, and this one is more accurate.
+        start = tl.zeros((TILE,), tl.int32)
+        if HAS_SEGMENTS:
+            start = tl.load(first + b * T + rows, mask=rows < T, other=0).to(tl.int32)
+        mean = tl.sum(alpha * products, axis=1) / tl.maximum(tl.sum(alpha, axis=1), 1e-30)
+        correction = tl.where((start >= column) & (rows < column + TILE), mean, correction)
+    dlogits = alpha * (products - correction[:, None])
+    tl.store(at, dlogits.to(weights.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["lo", "first_column", "columns", "T", "L"])
