@@ -198,12 +198,11 @@ def test_one_position_sees_nothing(dtype):
     assert not any(x.count_nonzero() for x in (dq, dk, dgamma))
 
 
-@pytest.mark.parametrize("dtype_tolerance", TOLERANCES, ids=str)
-def test_two_positions_have_gradients_of_logits_near_zero(dtype_tolerance):
-    dtype, tolerance = dtype_tolerance
-    inputs = make_inputs(T=2, dtype=dtype)  # one visible position: its weight is 1 whatever the logit
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_the_only_visible_position_has_weight_1_whatever_its_logit(dtype):
+    inputs = make_inputs(T=2, dtype=dtype)
     _, dq, dk, *_ = results(inputs, inputs[2], backend="triton")
-    assert max(x.abs().max() for x in (dq, dk)) < 1e-5
+    assert not any(x.count_nonzero() for x in (dq, dk))
 
 
 @pytest.mark.usefixtures("small_tiles")
