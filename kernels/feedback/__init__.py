@@ -12,6 +12,7 @@ from kernels.backend import choose
 from kernels.feedback.chunked import entropy_chunked, feedback_chunked
 from kernels.feedback.fused import feedback_fused, why_not
 from kernels.feedback.reference import feedback_reference, feedback_step
+from kernels.feedback.step import needs_gradient, step_fused
 
 __all__ = ["feedback_attention", "routing_entropy"]
 
@@ -113,6 +114,9 @@ def feedback_attention(
     with torch.autocast(q.device.type, enabled=False):
         if past is not None and q.shape[2] == 1:
             k_past, s_past = past
+            if name == "triton" and not needs_gradient(q, f, gamma, *past):
+                s, lse = step_fused(q, k_past, f, gamma, s_past, past_length, scale)
+                return (s, lse) if return_lse else s
             s, lse = feedback_step(q, k_past, f, gamma, s_past, past_length, scale, accumulate, return_lse)
             return s if lse is None else (s, lse)
         if name == "triton":
