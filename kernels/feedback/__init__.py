@@ -82,7 +82,8 @@ def feedback_attention(
         past: (k, s) of earlier positions, (B, H, L, K) and (B, H, L, P), of k's and f's dtypes; one
             softmax runs over past and new positions. Not together with `segment_ids`.
         past_length: (B,) int64, how many of the L past positions of each row are valid (the first
-            ones; the rest may hold anything finite); None means all.
+            ones; the rest may hold anything finite); None means all. With T = 1 the triton backend reads the
+            valid ones alone, once and in place, so that the whole of a longer buffer can be given.
         return_lse: also return the natural log-sum-exp of each row's visible scaled logits; it carries no
             gradient.
         backend: "auto", "triton" (CUDA), "chunked" or "reference".

@@ -20,7 +20,7 @@ from torch import Tensor
 BLOCK = 32
 """Cached positions per program."""
 _CHUNK = 256
-"""Most features loaded at a time: of 32 positions, 16 KiB in 16 bits, of which three stages fit any GPU."""
+"""Most features loaded at a time: of 32 positions, 16 KiB in 16 bits."""
 
 
 def feedback_decode(
@@ -51,7 +51,7 @@ def feedback_decode(
     sums = torch.empty(B, H, n_blocks, P, **float32)
     s, lse = f.new_empty(B, H, 1, P), torch.empty(B, H, 1, **float32)
     length = q if past_length is None else past_length.contiguous()
-    shared = {"H": H, "P": P, "BLOCK": BLOCK, "HAS_LENGTH": past_length is not None, "num_warps": 4}
+    shared = {"H": H, "P": P, "BLOCK": BLOCK, "HAS_LENGTH": past_length is not None}
     with torch.cuda.device_of(q):
         attend_kernel[(n_blocks, B * H)](
             q,
@@ -67,9 +67,10 @@ def feedback_decode(
             *k_past.stride(),
             *s_past.stride(),
             K=K,
-            K_CHUNK=_chunk(K),
-            P_CHUNK=_chunk(P),
+            K_CHUNK=_chunk(k_past),
+            P_CHUNK=_chunk(s_past),
             **shared,
+            num_warps=8 if max(K, P) > 64 else 4,
         )
         combine_kernel[(triton.cdiv(P, 32), B * H)](
             tops,
@@ -86,12 +87,16 @@ def feedback_decode(
             CHUNK=32,  # narrow, so that one wide head is spread over many programs
             BLOCKS=64,
             **shared,
+            num_warps=4,
         )
     return s, lse
 
 
-def _chunk(width: int) -> int:
-    return min(max(16, triton.next_power_of_2(width)), _CHUNK)
+def _chunk(cache: Tensor) -> int:
+    most = (
+        _CHUNK if cache.stride(3) == 1 else 64
+    )  # numbers that lie apart take a register pair of address each
+    return min(max(16, triton.next_power_of_2(cache.shape[3])), most)
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -144,10 +149,10 @@ def attend_kernel(
     products = tl.zeros((BLOCK, K_CHUNK), tl.float32)
     # Only with a number of stages given does the compiler load ahead in loops without matrix products.
     for lo in tl.range(0, K, K_CHUNK, num_stages=3):
-        c = lo + tl.arange(0, K_CHUNK)
-        q_c = tl.load(q + c * q_k, mask=c < K, other=0.0).to(tl.float32)  # (K_CHUNK,)
-        k_c = tl.load(k_rows + c[None, :] * k_k, mask=seen[:, None] & (c < K)[None, :], other=0.0)
-        products += q_c[None, :] * k_c.to(tl.float32)
+        c = lo + tl.arange(0, K_CHUNK)[None, :]  # (1, K_CHUNK)
+        q_c = tl.load(q + c * q_k, mask=c < K, other=0.0).to(tl.float32)
+        k_c = tl.load(k_rows + c * k_k, mask=seen[:, None] & (c < K), other=0.0).to(tl.float32)
+        products += q_c * k_c
     logits = tl.where(seen, tl.sum(products, axis=1) * scale, -float("inf"))  # (BLOCK,)
     top = tl.max(logits, axis=0)
     weights = tl.exp(logits - top)  # (BLOCK,)
@@ -194,7 +199,9 @@ def combine_kernel(
     top = -float("inf")
     for lo in tl.range(0, n_blocks, BLOCKS):
         i = lo + tl.arange(0, BLOCKS)  # (BLOCKS,)
-        top = tl.maximum(top, tl.max(tl.load(tops + first + i, mask=i < n_blocks, other=-float("inf")), axis=0))
+        top = tl.maximum(
+            top, tl.max(tl.load(tops + first + i, mask=i < n_blocks, other=-float("inf")), axis=0)
+        )
     total = 0.0
     attended = tl.zeros((CHUNK,), tl.float32)
     for lo in tl.range(0, n_blocks, BLOCKS, num_stages=3):
