@@ -3,8 +3,9 @@
     python benchmarks/feedback_gpu.py [--help]
 
 Everything runs in one process. Times are medians over many runs, by CUDA events, each run from a cold cache; the
-backward pass directly follows the forward pass. Peak memory is what a pass allocates at most, beside the inputs and,
-for the backward pass, including what the forward pass kept. Without a GPU the script says so and exits with 2.
+backward pass directly follows the forward pass. Peak memory of the operator is what a pass
+allocates at most beside its inputs, for the backward pass including what the forward pass kept; of a training step it
+is everything. Without a GPU the script says so and exits with 2.
 
 Rows of the operator (one feedback head as wide as the model, bf16 unless named otherwise):
 
@@ -55,7 +56,6 @@ SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
 }
 
 
@@ -74,6 +74,9 @@ class Sizes:
     training_lengths: tuple[int, ...] = (2048, 8192)
     runs: int = 100  # at most
     fewest: int = 5
+
+    def batch(self, T: int) -> int:
+        return max(1, self.tokens // T)
 
 
 SMOKE = Sizes(
@@ -103,10 +106,11 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of forward pass, backward pass and both."""
+    """Times and most extra bytes of forward pass, backward pass and both; and the bytes held between runs."""
 
-    milliseconds: tuple[float, float, float]
-    peaks: tuple[int, int, int]  # bytes
+    milliseconds: tuple[float, ...]
+    peaks: tuple[int, ...]
+    held: int
 
 
 class Bench:
@@ -131,20 +135,22 @@ class Bench:
         if self.on_gpu:
             torch.cuda.synchronize()
 
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.on_gpu else 0  # on a CPU torch does not count
+
     def peak(self, run: Callable[[], Any]) -> tuple[Any, int]:
-        """What `run` returns, and the most memory allocated meanwhile; 0 on a CPU, where torch does not count."""
-        if not self.on_gpu:
-            return run(), 0
-        torch.cuda.reset_peak_memory_stats()
+        """What `run` returns, and the most memory allocated meanwhile."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         result = run()
-        torch.cuda.synchronize()
-        return result, torch.cuda.max_memory_allocated()
+        self.synchronize()
+        return result, torch.cuda.max_memory_allocated() if self.on_gpu else 0
 
     def measure(self, name: str, make: Callable[[], Contestant]) -> Measured | str:
         """Builds and measures a contestant; where that fails, what is to be printed instead."""
         progress(name)
         try:
-            return self._measure(make())
+            return self._measure(make)
         except torch.OutOfMemoryError:
             problem = "out of memory"
         except RuntimeError as error:
@@ -156,16 +162,18 @@ class Bench:
                 torch.cuda.empty_cache()
         return problem
 
-    def _measure(self, contestant: Contestant) -> Measured:
+    def _measure(self, make: Callable[[], Contestant]) -> Measured:
+        empty = self.allocated()
+        contestant = make()
         contestant.backward(contestant.forward())  # compiles
-        before = torch.cuda.memory_allocated() if self.on_gpu else 0
+        before = self.allocated()
         between, forward_peak = self.peak(contestant.forward)
-        _, backward_peak = self.peak(lambda: contestant.backward(between))
+        _, backward_peak = self.peak(partial(contestant.backward, between))
         del between
-        peaks = (forward_peak, backward_peak, max(forward_peak, backward_peak))
-        turns: list[tuple[float, float]] = []
+        peaks = [peak - before for peak in (forward_peak, backward_peak, max(forward_peak, backward_peak))]
+        times: list[tuple[float, ...]] = []
         end = time.perf_counter() + self.seconds
-        while len(turns) < self.sizes.fewest or (len(turns) < self.sizes.runs and time.perf_counter() < end):
+        while len(times) < self.sizes.fewest or (len(times) < self.sizes.runs and time.perf_counter() < end):
             self.cold.zero_()
             start = self.mark()
             result = contestant.forward()
@@ -173,9 +181,11 @@ class Bench:
             contestant.backward(result)
             stop = self.mark()
             self.synchronize()
-            turns.append((self.milliseconds(start, middle), self.milliseconds(middle, stop)))
-        forward, backward, both = (statistics.median(x) for x in zip(*((f, b, f + b) for f, b in turns)))
-        return Measured((forward, backward, both), tuple(max(0, p - before) for p in peaks))  # type: ignore
+            spans = ((start, middle), (middle, stop), (start, stop))
+            times.append(tuple(self.milliseconds(*span) for span in spans))
+            del result
+        medians = [statistics.median(column) for column in zip(*times, strict=True)]
+        return Measured(tuple(medians), tuple(peaks), before - empty)
 
     def replayed(self, step: Callable[[], Any]) -> Contestant:
         """Without what the host does between launches."""
@@ -210,7 +220,7 @@ def differentiated(function: Callable[..., Tensor], inputs: list[Tensor]) -> Con
 def feedback(bench: Bench, T: int, backend: str, dtype: torch.dtype) -> Contestant:
     D = bench.sizes.width
     torch.manual_seed(0)
-    B = max(1, bench.sizes.tokens // T)
+    B = bench.sizes.batch(T)
     inputs = [torch.randn(B, 1, T, D, device=bench.device, dtype=dtype) for _ in range(3)]
     gamma = 0.999 * torch.tanh(1 + torch.randn(B, 1, T, device=bench.device))
     return differentiated(partial(feedback_attention, backend=backend), [*inputs, gamma])
@@ -228,7 +238,7 @@ def autocast_textbook(bench: Bench, T: int) -> Contestant:
 
 def attention(bench: Bench, T: int, backend: SDPBackend) -> Contestant:
     sizes = bench.sizes
-    shape = (max(1, sizes.tokens // T), sizes.width // sizes.head_width, T, sizes.head_width)
+    shape = (sizes.batch(T), sizes.width // sizes.head_width, T, sizes.head_width)
     inputs = [torch.randn(shape, device=bench.device, dtype=torch.bfloat16) for _ in range(3)]
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -240,7 +250,7 @@ def attention(bench: Bench, T: int, backend: SDPBackend) -> Contestant:
 
 def products(bench: Bench, T: int) -> Contestant:
     """2 N D FLOPs per column: T columns make the forward pass's 2 T^2 D per sequence, 2.5 T the backward pass's."""
-    N, D, most = max(bench.sizes.tokens, T), bench.sizes.width, 8192
+    N, D, most = bench.sizes.batch(T) * T, bench.sizes.width, 8192
     left = torch.randn(N, D, device=bench.device, dtype=torch.bfloat16)
     right = torch.randn(D, most, device=bench.device, dtype=torch.bfloat16)
     out = torch.empty(N * most, device=bench.device, dtype=torch.bfloat16)
@@ -259,7 +269,6 @@ def operator_rows(bench: Bench, T: int) -> dict[str, Measured | str]:
         "textbook, float32": partial(feedback, bench, T, "reference", torch.float32),
         "textbook, bf16 autocast": partial(autocast_textbook, bench, T),
         "chunked": partial(feedback, bench, T, "chunked", torch.bfloat16),
-        "matrix products": partial(products, bench, T),
     }
     rows = {name: bench.measure(f"T = {T}: {name}", make) for name, make in contestants.items()}
     tried = {
@@ -269,11 +278,9 @@ def operator_rows(bench: Bench, T: int) -> dict[str, Measured | str]:
         for name, kind in SDPA.items()
     }
     ran = {name: result.milliseconds[2] for name, result in tried.items() if isinstance(result, Measured)}
-    if ran:
-        fastest = min(ran, key=lambda name: ran[name])
-        rows[fastest] = tried[fastest]
-    else:
-        rows["attention"] = next(iter(tried.values()))
+    fastest = min(ran, key=lambda name: ran[name], default=next(iter(tried)))
+    rows[fastest] = tried[fastest]
+    rows["matrix products"] = bench.measure(f"T = {T}: matrix products", partial(products, bench, T))
     return rows
 
 
@@ -284,7 +291,7 @@ def print_operator(bench: Bench) -> None:
         print(f"\nfeedback attention, {name}, D = {sizes.width}, N = {sizes.tokens} or T if more, one head")
         print(f"{'T':>6} {'':>24} {'ms':>10} {'tokens/s':>10} {'TFLOP/s':>8} {'share':>6} {'peak, MiB':>10}")
         for T, rows in results.items():
-            N = max(sizes.tokens, T)
+            N = sizes.batch(T) * T
             floor = rows["matrix products"]
             for row, result in rows.items():
                 if isinstance(result, str):
@@ -306,21 +313,11 @@ def mebibytes(bench: Bench, size: int) -> str:
 # ---- decoding ----
 
 
-def cache(bench: Bench, B: int, L: int) -> list[Tensor]:
-    """q, f, gamma of one new position; k and s of L past ones."""
-    D, like = bench.sizes.width, {"device": bench.device, "dtype": torch.bfloat16}
-    torch.manual_seed(0)
-    q, f = torch.randn(B, 1, 1, D, **like), torch.randn(B, 1, 1, D, **like)
-    gamma = torch.rand(B, 1, 1, device=bench.device)
-    return [q, f, gamma, torch.randn(B, 1, L, D, **like), torch.randn(B, 1, L, D, **like)]
-
-
-def our_step(q: Tensor, f: Tensor, gamma: Tensor, k: Tensor, s: Tensor) -> Tensor:
-    length = torch.full(q.shape[:1], k.shape[2], device=q.device)
+def our_step(q: Tensor, f: Tensor, gamma: Tensor, k: Tensor, s: Tensor, length: Tensor) -> Tensor:
     return feedback_attention(q, q, f, gamma, past=(k, s), past_length=length)
 
 
-def gathered_step(q: Tensor, f: Tensor, gamma: Tensor, k: Tensor, s: Tensor) -> Tensor:
+def gathered_step(q: Tensor, f: Tensor, gamma: Tensor, k: Tensor, s: Tensor, length: Tensor) -> Tensor:
     index = torch.arange(k.shape[2], device=q.device)[:, None].expand(k.shape)
     keys, states = k.gather(2, index), s.gather(2, index)
     logits = torch.einsum("bhtk,bhlk->bhtl", q, keys) * q.shape[-1] ** -0.5
@@ -329,11 +326,16 @@ def gathered_step(q: Tensor, f: Tensor, gamma: Tensor, k: Tensor, s: Tensor) -> 
 
 
 def decoding(bench: Bench, B: int, L: int, step: Callable[..., Tensor]) -> Contestant:
-    inputs = cache(bench, B, L)
-    truth = our_step(*(x.float() for x in inputs))
-    error = ((step(*inputs).float() - truth).norm() / truth.norm()).item()
+    D = bench.sizes.width
+    torch.manual_seed(0)
+    shapes = ((B, 1, 1, D), (B, 1, 1, D), (B, 1, 1), (B, 1, L, D), (B, 1, L, D))
+    inputs = [torch.randn(shape, device=bench.device, dtype=torch.bfloat16) for shape in shapes]
+    length = torch.full((B,), L, device=bench.device)
+    found = step(*inputs, length).float()
+    truth = our_step(*[x.float() for x in inputs], length)  # type: ignore[call-arg]
+    error = ((found - truth).norm() / truth.norm()).item()
     assert error < 2e-2, f"{step.__name__} computes something else: relative error {error:.2g}"
-    return bench.replayed(lambda: step(*inputs))
+    return bench.replayed(partial(step, *inputs, length))
 
 
 def copying(bench: Bench) -> Contestant:
@@ -371,16 +373,15 @@ def print_decoding(bench: Bench) -> None:
 def training(bench: Bench, mixer: str, T: int) -> tuple[Contestant, int]:
     """A step of optimisation, and the number of parameters."""
     sizes = bench.sizes
-    torch._dynamo.reset()
     decoder = Decoder(sizes.vocab_size, d_model=sizes.d_model, n_layers=sizes.n_layers, mixer=mixer)
     decoder.initialize(0)
     decoder.to(bench.device)
     if bench.on_gpu:
+        torch._dynamo.reset()
         for block in decoder.blocks:
             block.compile()
     optimizer = build_optimizer(decoder, OptimConfig())
-    shape = (max(1, sizes.tokens // T), T + 1)
-    ids = torch.randint(sizes.vocab_size, shape, device=bench.device)
+    ids = torch.randint(sizes.vocab_size, (sizes.batch(T), T + 1), device=bench.device)
 
     def step() -> None:
         with torch.autocast(bench.device, torch.bfloat16):
@@ -413,8 +414,8 @@ def print_training(bench: Bench) -> None:
             if isinstance(result, str):
                 print(f"{T:>6} {mixer:>10} {result}")
                 continue
-            ms, N = result.milliseconds[0], max(sizes.tokens, T)
-            peak = mebibytes(bench, result.peaks[0])
+            ms, N = result.milliseconds[0], sizes.batch(T) * T
+            peak = mebibytes(bench, result.held + result.peaks[0])
             print(f"{T:>6} {mixer:>10} {parameters:>11,} {ms:>10.2f} {1e3 * N / ms:>10.3g} {peak:>10}")
 
 
@@ -440,7 +441,7 @@ def main() -> None:
     print(
         f"{name}, torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}", end=", "
     )
-    print(f"{date.today()}\n{shlex.join(['python', *sys.argv])}")
+    print(f"{date.today()}\n{shlex.join(['python', 'benchmarks/feedback_gpu.py', *sys.argv[1:]])}")
     bench = Bench(device, sizes, args.seconds)
     print_operator(bench)
     print_decoding(bench)

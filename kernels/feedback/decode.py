@@ -12,6 +12,8 @@ all shapes, and small enough that 8192 positions of one head make 256 programs, 
 Letters: B batch, H heads, L cached positions, K key width, P value width.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -46,10 +48,9 @@ def feedback_decode(
     B, H, L, K = k_past.shape
     P = s_past.shape[3]
     n_blocks = triton.cdiv(L, BLOCK)
-    float32 = {"dtype": torch.float32, "device": q.device}
-    tops, totals = torch.empty(B, H, n_blocks, **float32), torch.empty(B, H, n_blocks, **float32)
-    sums = torch.empty(B, H, n_blocks, P, **float32)
-    s, lse = f.new_empty(B, H, 1, P), torch.empty(B, H, 1, **float32)
+    float32 = partial(torch.empty, dtype=torch.float32, device=q.device)
+    tops, totals, sums = float32(B, H, n_blocks), float32(B, H, n_blocks), float32(B, H, n_blocks, P)
+    s, lse = f.new_empty(B, H, 1, P), float32(B, H, 1)
     length = q if past_length is None else past_length.contiguous()
     shared = {"H": H, "P": P, "BLOCK": BLOCK, "HAS_LENGTH": past_length is not None}
     with torch.cuda.device_of(q):
@@ -93,9 +94,8 @@ def feedback_decode(
 
 
 def _chunk(cache: Tensor) -> int:
-    most = (
-        _CHUNK if cache.stride(3) == 1 else 64
-    )  # numbers that lie apart take a register pair of address each
+    # Of numbers that lie apart, each takes two registers of address.
+    most = _CHUNK if cache.stride(3) == 1 else 64
     return min(max(16, triton.next_power_of_2(cache.shape[3])), most)
 
 

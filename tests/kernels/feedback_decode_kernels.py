@@ -224,7 +224,7 @@ def test_sessa_decoded_token_by_token_equals_its_forward():
     mixer = build_mixer({"name": "sessa", "n_feedback_heads": 2, "backend": "triton"}, 32)
     mixer, x = mixer.to(DEVICE), torch.randn(2, 34, 32, device=DEVICE)
     with torch.no_grad():
-        state, pieces = mixer.init_state(2, 50, DEVICE), []
+        state, pieces = mixer.init_state(2, 50, torch.device(DEVICE)), []
         for t in range(34):
             y, state = mixer.extend(x[:, t : t + 1], state)
             pieces.append(y)
@@ -245,7 +245,7 @@ def test_sessa_gives_its_caches_whole(dtype, monkeypatch):
 
     monkeypatch.setattr(decode, "feedback_decode", watch)
     mixer = build_mixer({"name": "sessa", "backend": "triton"}, 32).to(DEVICE)
-    state = mixer.init_state(2, 50, DEVICE, dtype)
+    state = mixer.init_state(2, 50, torch.device(DEVICE), dtype)
     with torch.no_grad():
         for _ in range(3):
             y, state = mixer.extend(torch.randn(2, 1, 32, device=DEVICE), state)

@@ -27,7 +27,7 @@ def test_numbers_agree_on_a_gpu_or_else_in_the_interpreter():
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     tests = Path(__file__).with_name("feedback_decode_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(tests)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     print(done.stdout)  # what was skipped, and why
@@ -111,17 +111,8 @@ def test_compiles_ahead_of_time_without_spills(dtype, architecture, launches, mo
 
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for width in (
-        16,
-        32,
-        64,
-        128,
-        256,
-        1024,
-        4096,
-        100,
-        1000,
-    ):  # all chunks that can be picked, and ragged ones
+    widths = (16, 32, 64, 128, 256, 1024, 4096, 100, 1000)  # all chunks that can be picked, and ragged ones
+    for width in widths if dtype != FP16 else (64, 1024):  # which differs from bfloat16 in conversions alone
         step(width, width, dtype=dtype)
     step(16, 4096, dtype=dtype)
     step(4096, 16, dtype=dtype)
