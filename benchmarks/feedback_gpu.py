@@ -157,8 +157,8 @@ class Bench:
             problem = f"failed: {str(error).strip().splitlines()[0][:70]}"
         finally:
             progress("")
-            gc.collect()
             if self.on_gpu:
+                gc.collect()
                 torch.cuda.empty_cache()
         return problem
 
