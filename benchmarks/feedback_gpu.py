@@ -154,7 +154,7 @@ class Bench:
         except torch.OutOfMemoryError:
             problem = "out of memory"
         except RuntimeError as error:
-            problem = f"failed: {str(error).strip().splitlines()[0][:70]}"
+            problem = f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:60]}"
         finally:
             progress("")
             if self.on_gpu:

@@ -126,7 +126,8 @@ class Sessa(Attention):
         f = self._heads(f)
         inputs, k_past, s_past = (q, k, f), state.k_fb, state.s
         if x.shape[1] == 1 and (x.is_cuda or self.sessa.backend == "triton"):
-            # The kernel reads the caches in place, as far as each row's length says, which the host need not know.
+            # The kernel reads the caches in place, as far as each row's length, which the host need not know.
+            # Where their dtype is another, what is new takes it: less to cast than the caches.
             inputs = (q.to(k_past.dtype), k.to(k_past.dtype), f.to(s_past.dtype))
         else:
             used = int(state.length.max())

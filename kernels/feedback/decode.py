@@ -48,9 +48,9 @@ def feedback_decode(
     B, H, L, K = k_past.shape
     P = s_past.shape[3]
     n_blocks = triton.cdiv(L, BLOCK)
-    float32 = partial(torch.empty, dtype=torch.float32, device=q.device)
-    tops, totals, sums = float32(B, H, n_blocks), float32(B, H, n_blocks), float32(B, H, n_blocks, P)
-    s, lse = f.new_empty(B, H, 1, P), float32(B, H, 1)
+    empty = partial(torch.empty, dtype=torch.float32, device=q.device)
+    tops, totals, sums = empty(B, H, n_blocks), empty(B, H, n_blocks), empty(B, H, n_blocks, P)
+    s, lse = f.new_empty(B, H, 1, P), empty(B, H, 1)
     length = q if past_length is None else past_length.contiguous()
     shared = {"H": H, "P": P, "BLOCK": BLOCK, "HAS_LENGTH": past_length is not None}
     with torch.cuda.device_of(q):

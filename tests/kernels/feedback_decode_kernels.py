@@ -179,6 +179,16 @@ def test_gradients_flow_where_they_are_wanted():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_by_torch_func():
+    q, k, f, gamma, *past = make_inputs(L=10)
+
+    def loss(q, backend):
+        return feedback_attention(q, k, f, gamma, past=tuple(past), backend=backend).square().sum()
+
+    found, expected = (torch.func.grad(lambda q, b=b: loss(q, b))(q) for b in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_compiles_without_a_graph_break():
     inputs = make_inputs(L=40)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
