@@ -38,7 +38,7 @@ class SessaConfig:
     feedback: bool = field(
         default=True, metadata={"help": "false: no feedback branch (the paper's control, s = f)"}
     )
-    backend: Literal["auto", "reference", "chunked"] = field(
+    backend: Literal["auto", "triton", "chunked", "reference"] = field(
         default="auto", metadata={"help": "implementation of the feedback operator"}
     )
 
@@ -124,16 +124,18 @@ class Sessa(Attention):
         if not isinstance(state, SessaState):
             return f, attended
         q, k, gamma = self._route(x)
-        used = int(state.length.max())
+        f = self._heads(f)
+        inputs, k_past, s_past = (q, k, f), state.k_fb, state.s
+        if x.shape[1] == 1 and (x.is_cuda or self.sessa.backend == "triton"):
+            # The kernel reads the caches in place, as far as each row's length, which the host need not know.
+            # Where their dtype is another, what is new takes it: less to cast than the caches.
+            inputs = (q.to(k_past.dtype), k.to(k_past.dtype), f.to(s_past.dtype))
+        else:
+            used = int(state.length.max())
+            k_past, s_past = k_past[:, :, :used].to(k.dtype), s_past[:, :, :used].to(f.dtype)
         s = feedback_attention(
-            q,
-            k,
-            self._heads(f),
-            gamma,
-            past=(state.k_fb[:, :, :used].to(k.dtype), state.s[:, :, :used].to(f.dtype)) if used else None,
-            past_length=state.length if used else None,
-            backend=self.sessa.backend,
-        )  # (B, H, T, K)
+            *inputs, gamma, past=(k_past, s_past), past_length=state.length, backend=self.sessa.backend
+        ).to(f.dtype)  # (B, H, T, K)
         positions = state.length[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, T)
         write_slots(state.k_fb, k, positions)
         write_slots(state.s, s, positions)

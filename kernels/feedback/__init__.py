@@ -10,7 +10,9 @@ from torch import Tensor
 
 from kernels.backend import choose
 from kernels.feedback.chunked import entropy_chunked, feedback_chunked
+from kernels.feedback.fused import feedback_fused, why_not
 from kernels.feedback.reference import feedback_reference, feedback_step
+from kernels.feedback.step import needs_gradient, step_fused
 
 __all__ = ["feedback_attention", "routing_entropy"]
 
@@ -80,11 +82,13 @@ def feedback_attention(
         past: (k, s) of earlier positions, (B, H, L, K) and (B, H, L, P), of k's and f's dtypes; one
             softmax runs over past and new positions. Not together with `segment_ids`.
         past_length: (B,) int64, how many of the L past positions of each row are valid (the first
-            ones; the rest may hold anything finite); None means all.
+            ones; the rest may hold anything finite); None means all. With T = 1 the triton backend reads the
+            valid ones alone, once and in place, so that the whole of a longer buffer can be given.
         return_lse: also return the natural log-sum-exp of each row's visible scaled logits; it carries no
             gradient.
-        backend: "auto", "chunked" or "reference".
-        chunk_size: rows per panel of the chunked backend; None lets it decide.
+        backend: "auto", "triton" (CUDA), "chunked" or "reference".
+        chunk_size: rows per panel of the triton and chunked backends, a bound of their transient memory; the
+            first takes 1, 2 or 4 tiles of 128 rows (64 in float32), at least one. None lets them decide.
 
     Returns:
         s (B, H, T, P) in f's dtype; with `return_lse` also lse (B, H, T), float32 (float64 for float64
@@ -95,21 +99,34 @@ def feedback_attention(
         ValueError: a shape, dtype or device does not fit, or the backend cannot take the input.
     """
     _check(q, k, f, gamma, segment_ids, past, past_length, chunk_size)
-    name = choose("feedback_attention", backend, {"chunked": lambda: None, "reference": lambda: None})
+    name = choose(
+        "feedback_attention",
+        backend,
+        {"triton": lambda: why_not(q, f, gamma), "chunked": lambda: None, "reference": lambda: None},
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     accumulate = torch.float32
     for x in (q, f, gamma):
         accumulate = torch.promote_types(accumulate, x.dtype)
 
+    if past is not None and past[0].shape[2] == 0:
+        past = None
     s_past, ids = None, segment_ids
     with torch.autocast(q.device.type, enabled=False):
-        if past is not None and past[0].shape[2] > 0:
+        if past is not None and q.shape[2] == 1:
             k_past, s_past = past
-            if q.shape[2] == 1:
-                s, lse = feedback_step(
-                    q, k_past, f, gamma, s_past, past_length, scale, accumulate, return_lse
-                )
-                return s if lse is None else (s, lse)
+            if name == "triton" and not needs_gradient(q, f, gamma, *past):
+                s, lse = step_fused(q, k_past, f, gamma, s_past, past_length, scale)
+                return (s, lse) if return_lse else s
+            s, lse = feedback_step(q, k_past, f, gamma, s_past, past_length, scale, accumulate, return_lse)
+            return s if lse is None else (s, lse)
+        if name == "triton":
+            s, lse = feedback_fused(
+                q, k, f, gamma, past, past_length, segment_ids, scale, chunk_size, return_lse
+            )
+            return s if lse is None else (s, lse)
+        if past is not None:
+            k_past, s_past = past
             k = torch.cat([k_past, k], dim=2)  # (B, H, S, K)
             ids = None if past_length is None else _past_ids(past_length, s_past.shape[2], q.shape[2])
         if name == "chunked":

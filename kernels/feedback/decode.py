@@ -1,0 +1,222 @@
+"""One new position of feedback attention on CUDA: two Triton launches that read the cache once, in place.
+
+    attend    a block of cached positions per program: logits, their maximum, the sum of exp(logit - maximum), and
+              the states weighted by it
+    combine   brings the blocks together for a few features per program, and applies gain and input
+
+Arithmetic is in float32, and each number is added up by one program in a fixed order. Blocks beyond a row's length
+end at once and are never read. Beside the cache, a block moves its weighted states, written and read in float32:
+with 32 positions per block and a 16-bit cache that is 1/16 more bytes, few enough that one size of block does for
+all shapes, and small enough that 8192 positions of one head make 256 programs, some for every multiprocessor.
+
+Letters: B batch, H heads, L cached positions, K key width, P value width.
+"""
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 32
+"""Cached positions per program."""
+_CHUNK = 256
+"""Most features loaded at a time: of 32 positions, 16 KiB in 16 bits."""
+
+
+def feedback_decode(
+    q: Tensor,
+    k_past: Tensor,
+    f: Tensor,
+    gamma: Tensor,
+    s_past: Tensor,
+    past_length: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """s = f + gamma * alpha s_past with alpha the softmax of scale * <q, k_past> over the valid positions.
+
+    Args:
+        q: (B, H, 1, K). k_past: (B, H, L, K). f: (B, H, 1, P). s_past: (B, H, L, P). Any strides; each bfloat16,
+            float16 or float32.
+        gamma: (B, H, 1), any of these dtypes.
+        past_length: (B,) int64, how many of the L are valid, or None for all. The rest is not read.
+
+    Returns:
+        s (B, H, 1, P) in f's dtype, and the log-sum-exp (B, H, 1) of the valid logits, float32.
+    """
+    B, H, L, K = k_past.shape
+    P = s_past.shape[3]
+    n_blocks = triton.cdiv(L, BLOCK)
+    empty = partial(torch.empty, dtype=torch.float32, device=q.device)
+    tops, totals, sums = empty(B, H, n_blocks), empty(B, H, n_blocks), empty(B, H, n_blocks, P)
+    s, lse = f.new_empty(B, H, 1, P), empty(B, H, 1)
+    length = q if past_length is None else past_length.contiguous()
+    shared = {"H": H, "P": P, "BLOCK": BLOCK, "HAS_LENGTH": past_length is not None}
+    with torch.cuda.device_of(q):
+        attend_kernel[(n_blocks, B * H)](
+            q,
+            k_past,
+            s_past,
+            length,
+            tops,
+            totals,
+            sums,
+            scale,
+            L,
+            *(q.stride(i) for i in (0, 1, 3)),
+            *k_past.stride(),
+            *s_past.stride(),
+            K=K,
+            K_CHUNK=_chunk(k_past),
+            P_CHUNK=_chunk(s_past),
+            **shared,
+            num_warps=8 if max(K, P) > 64 else 4,
+        )
+        combine_kernel[(triton.cdiv(P, 32), B * H)](
+            tops,
+            totals,
+            sums,
+            f,
+            gamma,
+            length,
+            s,
+            lse,
+            L,
+            *(f.stride(i) for i in (0, 1, 3)),
+            *gamma.stride()[:2],
+            CHUNK=32,  # narrow, so that one wide head is spread over many programs
+            BLOCKS=64,
+            **shared,
+            num_warps=4,
+        )
+    return s, lse
+
+
+def _chunk(cache: Tensor) -> int:
+    # Of numbers that lie apart, each takes two registers of address.
+    most = _CHUNK if cache.stride(3) == 1 else 64
+    return min(max(16, triton.next_power_of_2(cache.shape[3])), most)
+
+
+@triton.jit(do_not_specialize=["L"])
+def attend_kernel(
+    q,
+    k,
+    s,
+    length,
+    tops,
+    totals,
+    sums,
+    scale,
+    L,
+    q_b,
+    q_h,
+    q_k,
+    k_b,
+    k_h,
+    k_l,
+    k_k,
+    s_b,
+    s_h,
+    s_l,
+    s_p,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K_CHUNK: tl.constexpr,
+    P_CHUNK: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+):
+    """tops, totals (B, H, blocks) and sums (B, H, blocks, P) of one block. Names such as k_l are strides."""
+    block = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // H, row % H
+    valid = L.to(tl.int64)
+    if HAS_LENGTH:
+        valid = tl.minimum(valid, tl.load(length + b))
+    if block * BLOCK >= valid:
+        return
+    at = block * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    seen = at < valid
+    q += b * q_b + h * q_h
+    k_rows = k + b * k_b + h * k_h + at[:, None] * k_l  # (BLOCK, 1)
+    s_rows = s + b * s_b + h * s_h + at[:, None] * s_l
+    out = row * tl.num_programs(0) + block
+
+    # Summed over the chunks before it is summed within them: one exchange between threads, not one per chunk.
+    products = tl.zeros((BLOCK, K_CHUNK), tl.float32)
+    # Only with a number of stages given does the compiler load ahead in loops without matrix products.
+    for lo in tl.range(0, K, K_CHUNK, num_stages=3):
+        c = lo + tl.arange(0, K_CHUNK)[None, :]  # (1, K_CHUNK)
+        q_c = tl.load(q + c * q_k, mask=c < K, other=0.0).to(tl.float32)
+        k_c = tl.load(k_rows + c * k_k, mask=seen[:, None] & (c < K), other=0.0).to(tl.float32)
+        products += q_c * k_c
+    logits = tl.where(seen, tl.sum(products, axis=1) * scale, -float("inf"))  # (BLOCK,)
+    top = tl.max(logits, axis=0)
+    weights = tl.exp(logits - top)  # (BLOCK,)
+    tl.store(tops + out, top)
+    tl.store(totals + out, tl.sum(weights, axis=0))
+    for lo in tl.range(0, P, P_CHUNK, num_stages=3):
+        c = lo + tl.arange(0, P_CHUNK)
+        s_c = tl.load(s_rows + c[None, :] * s_p, mask=seen[:, None] & (c < P)[None, :], other=0.0)
+        tl.store(sums + out * P + c, tl.sum(weights[:, None] * s_c.to(tl.float32), axis=0), mask=c < P)
+
+
+@triton.jit(do_not_specialize=["L"])
+def combine_kernel(
+    tops,
+    totals,
+    sums,
+    f,
+    gamma,
+    length,
+    s,
+    lse,
+    L,
+    f_b,
+    f_h,
+    f_p,
+    gamma_b,
+    gamma_h,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+):
+    """s (B, H, 1, P) for CHUNK features, and lse (B, H, 1)."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // H, row % H
+    c = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)  # (CHUNK,)
+    valid = L.to(tl.int64)
+    if HAS_LENGTH:
+        valid = tl.minimum(valid, tl.load(length + b))
+    first = row * tl.cdiv(L, BLOCK)  # the row's first block
+    n_blocks = tl.cdiv(valid, BLOCK).to(tl.int32)  # what is behind them was not written
+    top = -float("inf")
+    for lo in tl.range(0, n_blocks, BLOCKS):
+        i = lo + tl.arange(0, BLOCKS)  # (BLOCKS,)
+        top = tl.maximum(
+            top, tl.max(tl.load(tops + first + i, mask=i < n_blocks, other=-float("inf")), axis=0)
+        )
+    total = 0.0
+    attended = tl.zeros((CHUNK,), tl.float32)
+    for lo in tl.range(0, n_blocks, BLOCKS, num_stages=3):
+        i = lo + tl.arange(0, BLOCKS)
+        inside = i < n_blocks
+        factor = tl.exp(tl.load(tops + first + i, mask=inside, other=-float("inf")) - top)  # (BLOCKS,)
+        total += tl.sum(factor * tl.load(totals + first + i, mask=inside, other=0.0), axis=0)
+        mask = inside[:, None] & (c < P)[None, :]
+        parts = tl.load(sums + (first + i)[:, None] * P + c[None, :], mask=mask, other=0.0)
+        attended += tl.sum(factor[:, None] * parts, axis=0)
+    if n_blocks > 0:  # else s = f, and lse stays -inf
+        attended = attended / total
+        top += tl.log(total)
+    gain = tl.load(gamma + b * gamma_b + h * gamma_h).to(tl.float32)
+    f_c = tl.load(f + b * f_b + h * f_h + c * f_p, mask=c < P, other=0.0).to(tl.float32)
+    tl.store(s + row * P + c, f_c + gain * attended, mask=c < P)
+    if tl.program_id(0) == 0:
+        tl.store(lse + row, top)

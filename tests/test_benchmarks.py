@@ -1,0 +1,54 @@
+"""benchmarks/feedback_gpu.py runs, at sizes that say nothing."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "feedback_gpu.py"
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["benchmarks/feedback_gpu.py", *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_every_table_of_the_gpu_benchmark_is_printed(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    run(monkeypatch, "--smoke", "--lengths", "16", "24")
+    heading, *tables = capsys.readouterr().out.split("\n\n")
+    assert f"torch {torch.__version__}" in heading
+    assert heading.endswith("python benchmarks/feedback_gpu.py --smoke --lengths 16 24")
+    titles = ["forward,", "backward,", "forward + backward,", "decoding one position", "a training step"]
+    rows = [6 * 2] * 3 + [2, 3]
+    for table, title, n_rows in zip(tables, titles, rows, strict=True):
+        first, _, *lines = table.splitlines()
+        assert title in first
+        assert len(lines) == n_rows
+        assert not re.search("failed|out of memory|nan", table), table
+
+
+def test_what_does_not_fit_is_a_row_that_says_so():
+    module = runpy.run_path(str(SCRIPT))
+
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB.\nMore lines.")
+
+    def broken():
+        raise RuntimeError("No available kernel.\nMore lines.")
+
+    bench = module["Bench"]("cpu", module["SMOKE"], 0.0)
+    assert bench.measure("name", too_large) == "out of memory"
+    assert bench.measure("name", broken) == "failed: RuntimeError: No available kernel."
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_the_benchmark_says_so_in_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exited:
+        run(monkeypatch)
+    assert exited.value.code == 2
+    message = capsys.readouterr().err
+    assert "CUDA" in message
+    assert message.count("\n") == 1
