@@ -210,9 +210,9 @@ def test_the_only_visible_position_has_weight_1_whatever_its_logit(dtype):
 @pytest.mark.parametrize("past", [0, 20])
 def test_log_sum_exp(past):
     inputs = make_inputs(1, L=past, sharpness=10.0)
-    options = {"past": tuple(inputs[4:]) or None, "return_lse": True}
-    _, lse = feedback_attention(*inputs[:4], **options, backend="triton")
-    _, truth = feedback_attention(*inputs[:4], **options, backend="reference")
+    pair = tuple(inputs[4:]) or None
+    _, lse = feedback_attention(*inputs[:4], past=pair, return_lse=True, backend="triton")
+    _, truth = feedback_attention(*inputs[:4], past=pair, return_lse=True, backend="reference")
     torch.testing.assert_close(lse, truth, rtol=1e-6, atol=1e-6)
     assert lse.dtype == FP32
     assert not lse.requires_grad

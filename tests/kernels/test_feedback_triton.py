@@ -74,8 +74,10 @@ def forward_and_backward(T, width=16, *, B=1, L=0, segments=False, dtype=torch.b
     gamma = torch.zeros(B, 1, T, requires_grad=True)
     past = (q.new_zeros(B, 1, L, width), q.new_zeros(B, 1, L, width)) if L else None
     ids = torch.zeros(B, T, dtype=torch.int64) if segments else None
-    options = {"past": past, "segment_ids": ids, "chunk_size": chunk_size, "backend": "triton"}
-    feedback_attention(q, k, f, gamma, **options).sum().backward()
+    s = feedback_attention(
+        q, k, f, gamma, past=past, segment_ids=ids, chunk_size=chunk_size, backend="triton"
+    )
+    s.sum().backward()
 
 
 def test_memory_grows_linearly_and_the_panel_size_bounds_it(launches, tmp_path):
