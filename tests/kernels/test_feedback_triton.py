@@ -155,7 +155,7 @@ def test_compiles_ahead_of_time_without_spills(
 
     from kernels.feedback import triton as kernels
 
-    monkeypatch.setattr(kernels, "precision_for", lambda dtype: precision)
+    monkeypatch.setattr(kernels, "product_precision", lambda: precision)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     forward_and_backward(600, width, dtype=dtype, segments=True)
