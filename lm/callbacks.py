@@ -291,7 +291,9 @@ class PendingValidation(Callback):
         step = trainer.global_step
         if step and step % self.val_every == 0 and pl_module.validated_step != step:
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False  # from its first batch, wherever it was interrupted
+            validation.run()
             trainer.training = True
 
 

@@ -24,6 +24,8 @@ def why_not(q: Tensor, f: Tensor, gamma: Tensor) -> str | None:
         return "triton is not installed"
     if not q.is_cuda and not _INTERPRETED:
         return f"q is on device {q.device}, and Triton kernels run on CUDA"
+    if q.is_cuda and _capability(q.device.index) < 80:
+        return f"the GPU has compute capability {_capability(q.device.index) / 10}, and the kernels need 8.0"
     if torch.float64 in (q.dtype, f.dtype, gamma.dtype):
         return "an input is float64, and the kernels compute in float32"
     if max(q.shape[-1], f.shape[-1]) > 4096:
@@ -33,6 +35,12 @@ def why_not(q: Tensor, f: Tensor, gamma: Tensor) -> str | None:
     if 0 in (*q.shape, *f.shape):
         return "there is nothing to compute"
     return None
+
+
+@torch.compiler.assume_constant_result  # a number while torch.compile traces
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def feedback_fused(

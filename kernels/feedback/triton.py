@@ -73,8 +73,8 @@ def panel_rows(N: int, T: int, S: int, dtype: torch.dtype, chunk_size: int | Non
     return R
 
 
-def precision_for(dtype: torch.dtype) -> str:
-    """Of products of operands of this dtype: for float32 what torch allows itself, for others without meaning."""
+def product_precision() -> str:
+    """Of products of float32 operands: what torch allows itself."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -100,12 +100,11 @@ def feedback_forward(
 
     Returns:
         s (B, H, T, P) in f's dtype; alpha s (B, H, T, P) float32, in which a row's logit gradients cancel well;
-        maximum and sum of exp(logit - maximum) of each row's visible
-        logits, (B, H, T) float32, -inf and 0 where nothing is visible; (I - W)^-1 - I of the diagonal blocks,
-        (B, H, ceil(T / M) M, M) in f's dtype.
+        maximum and sum of exp(logit - maximum) of each row's visible logits, (B, H, T) float32, -inf and 0 where
+        nothing is visible; (I - W)^-1 - I of the diagonal blocks, (B, H, ceil(T / M) M, M) in f's dtype.
     """
     B, H, T, P = f.shape
-    K, S = k.shape[2:][::-1]
+    S, K = k.shape[2:]
     L = S - T
     N = B * H
     tiles = tiles_for(f.dtype)
@@ -125,7 +124,7 @@ def feedback_forward(
     weights = f.new_empty(N, R, n_tiles * tiles.tile)
     tops, sums = gamma.new_empty(N, n_tiles, R), gamma.new_empty(N, n_tiles, R)
     mean = gamma.new_empty(N, R, P)
-    precision = precision_for(f.dtype)
+    precision = product_precision()
     tiling = {"R": R, "TILE": tiles.tile}
     with torch.cuda.device_of(q):
         for lo in range(0, T, R):
@@ -192,7 +191,7 @@ def feedback_forward(
                     WIDTH=width,
                     HAS_SEGMENTS=flags["HAS_SEGMENTS"],
                     PRECISION=precision,
-                    # A stage holds TILE columns, not STEP: of two, sm_80 keeps one without spilling registers.
+                    # Its stages hold TILE columns each, and a third spills registers on sm_80.
                     **_launch(tiles.warps, 2),
                 )
             solve_kernel[(triton.cdiv(P, tiles.slice), N)](
@@ -241,7 +240,7 @@ def feedback_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, gamma, and of past and new s in one (B, H, S, P) tensor; all contiguous."""
     B, H, T, P = s.shape
-    K, S = k.shape[2:][::-1]
+    S, K = k.shape[2:]
     L = S - T
     N = B * H
     tiles = tiles_for(s.dtype)
@@ -265,7 +264,7 @@ def feedback_backward(
     rows_below = _round_up(T, tiles.tile)
     weights = s.new_empty(N, rows_below, R)
     rhs = gamma.new_empty(N, R, P)
-    precision = precision_for(s.dtype)
+    precision = product_precision()
     tiling = {"R": R, "TILE": tiles.tile}
     key_width = _width(K, tiles)
 

@@ -110,12 +110,12 @@ TOLERANCES = [(FP32, 1e-6), (FP16, 2e-3), (BF16, 2e-2)]  # over 4 eps of the lat
 @pytest.mark.parametrize("past", [0, 13, 40])
 def test_equals_the_reference_with_all_gradients(dtype_tolerance, past):
     dtype, tolerance = dtype_tolerance
-    assert error_of(make_inputs(1, T=77, L=past, dtype=dtype), chunk_size=64) < tolerance
+    assert error_of(make_inputs(1, 1 + (past == 0), T=77, L=past, dtype=dtype), chunk_size=64) < tolerance
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 5, 16, 16), (3, 1, 32, 33, 17), (1, 3, 70, 48, 100), (1, 1, 161, 20, 20)]
+    "shape", [(1, 1, 5, 16, 16), (3, 1, 32, 33, 17), (1, 2, 50, 48, 100), (1, 1, 130, 20, 20)]
 )
 def test_any_length_width_and_number_of_heads(shape):
     assert error_of(make_inputs(*shape)) < 2e-6
@@ -126,7 +126,7 @@ def test_any_length_width_and_number_of_heads(shape):
 @pytest.mark.parametrize("dtype_tolerance", TOLERANCES[:2], ids=str)
 def test_packed_segments(length, dtype_tolerance):
     dtype, tolerance = dtype_tolerance
-    inputs = make_inputs(1, T=101, dtype=dtype)
+    inputs = make_inputs(1, 1, T=101, dtype=dtype)
     if length == 1:  # every position is the first of its segment
         s, dq, dk, df, dgamma = results(inputs, inputs[2], backend="triton", segment_ids=packed(1, 101, 1))
         assert torch.equal(s, inputs[2])
@@ -139,7 +139,7 @@ def test_packed_segments(length, dtype_tolerance):
 @pytest.mark.usefixtures("small_tiles")
 def test_rows_with_segments_of_their_own():
     ids = torch.tensor([[0] * 3 + [4] * 60 + [9] * 14, [1] * 76 + [2]], device=DEVICE)
-    assert error_of(make_inputs(2, T=77), segment_ids=ids, chunk_size=32) < 1e-6
+    assert error_of(make_inputs(2, 1, T=77), segment_ids=ids, chunk_size=32) < 1e-6
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -150,17 +150,18 @@ def test_ragged_past(lengths):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("chunk_size", [1, 32, 64, 100, 128, 1000])
+@pytest.mark.parametrize("chunk_size", [1, 64, 100, 1000])
 def test_any_panel_size(chunk_size):
-    assert error_of(make_inputs(1, 1, T=140, L=33), chunk_size=chunk_size) < 1e-6
+    assert error_of(make_inputs(1, 1, T=100, L=33), chunk_size=chunk_size) < 1e-6
 
 
 @pytest.mark.parametrize("dtype_tolerance", TOLERANCES, ids=str)
 @pytest.mark.parametrize("case", ["plain", "segments", "past"])
 def test_the_tiles_that_run_on_a_gpu(dtype_tolerance, case):
     dtype, tolerance = dtype_tolerance
-    options = {"segment_ids": packed(1, 300, 110)} if case == "segments" else {}
-    inputs = make_inputs(1, 1, 300, 80, 144, L=50 if case == "past" else 0, dtype=dtype)
+    T = 150 if dtype == FP32 else 300  # whose tiles are half as large
+    options = {"segment_ids": packed(1, T, 110)} if case == "segments" else {}
+    inputs = make_inputs(1, 1, T, 80, 144, L=50 if case == "past" else 0, dtype=dtype)
     assert error_of(inputs, **options, chunk_size=128) < tolerance
 
 
@@ -209,9 +210,9 @@ def test_the_only_visible_position_has_weight_1_whatever_its_logit(dtype):
 @pytest.mark.parametrize("past", [0, 20])
 def test_log_sum_exp(past):
     inputs = make_inputs(1, L=past, sharpness=10.0)
-    options = {"past": tuple(inputs[4:]) or None, "return_lse": True}
-    _, lse = feedback_attention(*inputs[:4], **options, backend="triton")
-    _, truth = feedback_attention(*inputs[:4], **options, backend="reference")
+    pair = tuple(inputs[4:]) or None
+    _, lse = feedback_attention(*inputs[:4], past=pair, return_lse=True, backend="triton")
+    _, truth = feedback_attention(*inputs[:4], past=pair, return_lse=True, backend="reference")
     torch.testing.assert_close(lse, truth, rtol=1e-6, atol=1e-6)
     assert lse.dtype == FP32
     assert not lse.requires_grad
@@ -232,11 +233,14 @@ def lengths():
 def test_error_is_at_most_1_2_times_the_textbook_compositions(dtype, T, monkeypatch):
     if INTERPRETED:  # whose time goes by the number of steps
         monkeypatch.setattr(fused, "SINGLE", replace(fused.SINGLE, step=32))
-    for sharpness, gain in itertools.product([0.1, 1.0, 8.0], [0.5, 0.999]):
+    cases = list(itertools.product([0.1, 1.0, 8.0], [0.5, 0.999]))
+    if INTERPRETED:
+        cases = [(0.1, 0.999), (8.0, 0.999), (1.0, 0.5)][: 2 if T > 100 else 3]
+    for sharpness, gain in cases:
         ours, textbooks = [], []
         for seed in range(5):
             options = {"sharpness": sharpness, "gain": gain, "seed": seed, "dtype": dtype}
-            inputs = make_inputs(-(-30 // T), 1, T, 32, 32, **options)  # one short sequence would be chance
+            inputs = make_inputs(-(-12 // T), 1, T, 32, 32, **options)  # one short sequence would be chance
             weights = torch.randn_like(inputs[2])
             truth = results([x.double() for x in inputs], weights.double(), backend="reference")
             ours.append(errors(results(inputs, weights, backend="triton"), truth))
@@ -254,7 +258,7 @@ def test_error_is_at_most_1_2_times_the_textbook_compositions(dtype, T, monkeypa
 
 @pytest.mark.usefixtures("small_tiles")
 def test_strided_views_give_the_same_bits_and_so_does_another_run():
-    inputs = make_inputs(L=20)
+    inputs = make_inputs(1, T=40, L=20)
     weights = torch.randn_like(inputs[2])
     plain = results(inputs, weights, backend="triton")
     views = [x.movedim(2, 0).contiguous().movedim(0, 2) for x in inputs]  # laid out T first
@@ -269,7 +273,7 @@ def test_strided_views_give_the_same_bits_and_so_does_another_run():
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtypes", [(BF16, FP32, FP32), (FP32, FP16, FP32), (BF16, FP16, BF16)], ids=str)
 def test_mixed_dtypes_keep_their_own(dtypes):
-    q, k, f, gamma = make_inputs(1)
+    q, k, f, gamma = make_inputs(1, T=40)
     inputs = [q.to(dtypes[0]), k.to(dtypes[0]), f.to(dtypes[1]), gamma.to(dtypes[2])]
     with torch.autocast(DEVICE, BF16):
         assert error_of(inputs) < 1e-2
@@ -278,7 +282,7 @@ def test_mixed_dtypes_keep_their_own(dtypes):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_autocast_changes_nothing():
-    inputs = make_inputs(1)
+    inputs = make_inputs(1, T=20)
     weights = torch.ones_like(inputs[2])
     plain = results(inputs, weights, backend="triton")
     with torch.autocast(DEVICE, BF16):
@@ -339,7 +343,7 @@ def test_compiles_without_a_graph_break(options):
         return s.square().sum() + lse[..., -1].sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for T in (43, 35):
+    for T in (35, 20):
         inputs = [x.requires_grad_() for x in make_inputs(1, T=T)]
         if options == "views":
             inputs = [x.detach().movedim(0, 2).contiguous().movedim(2, 0).requires_grad_() for x in inputs]
@@ -355,14 +359,14 @@ def test_compiles_without_a_graph_break(options):
 @pytest.mark.parametrize("case", ["plain", "segments", "past"])
 def test_operators_are_registered_correctly(case):
     L = 32 if case == "past" else 0
-    q, k, f, gamma, *past = make_inputs(2, 1, T=37, L=L)
+    q, k, f, gamma, *past = make_inputs(2, 1, T=20, L=L)
     s_past = f[:, :, :0]
     length = ids = None
     if case == "past":
         k, s_past = torch.cat([past[0], k], dim=2), past[1]
         length = torch.tensor([20, 32], device=DEVICE)
     if case == "segments":
-        ids = packed(2, 37, 20)
+        ids = packed(2, 20, 9)
     q, k = (x.movedim(0, 2).contiguous().movedim(2, 0) for x in (q, k))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = (q, k, f, gamma, s_past, length, ids, 0.5, 32)
@@ -374,7 +378,7 @@ def test_operators_are_registered_correctly(case):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_activation_checkpointing():
-    inputs = [x.requires_grad_() for x in make_inputs(1)]
+    inputs = [x.requires_grad_() for x in make_inputs(1, T=20)]
     plain = torch.autograd.grad(run_triton(*inputs).square().sum(), inputs)
     again = torch.autograd.grad(checkpoint(run_triton, *inputs, use_reentrant=False).square().sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))

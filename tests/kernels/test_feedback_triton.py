@@ -22,13 +22,24 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 
 def test_numbers_agree_on_a_gpu_or_else_in_the_interpreter():
     pytest.importorskip("triton")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", Path(__file__).with_name("feedback_kernels.py")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    print(done.stdout)  # what was skipped, and why
+    file = str(Path(__file__).with_name("feedback_kernels.py"))
+    # The interpreter runs on one core: two processes take about half the time.
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-x", file, "-k", part],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for part in ("textbook", "not textbook")
+    ]
+    reports = [run.communicate()[0] for run in runs]
+    print(*reports)  # what was skipped, and why
+    assert not any(run.returncode for run in runs), "".join(reports)
 
 
 def test_without_a_gpu_the_backend_is_refused_with_the_reason():
@@ -74,8 +85,10 @@ def forward_and_backward(T, width=16, *, B=1, L=0, segments=False, dtype=torch.b
     gamma = torch.zeros(B, 1, T, requires_grad=True)
     past = (q.new_zeros(B, 1, L, width), q.new_zeros(B, 1, L, width)) if L else None
     ids = torch.zeros(B, T, dtype=torch.int64) if segments else None
-    options = {"past": past, "segment_ids": ids, "chunk_size": chunk_size, "backend": "triton"}
-    feedback_attention(q, k, f, gamma, **options).sum().backward()
+    s = feedback_attention(
+        q, k, f, gamma, past=past, segment_ids=ids, chunk_size=chunk_size, backend="triton"
+    )
+    s.sum().backward()
 
 
 def test_memory_grows_linearly_and_the_panel_size_bounds_it(launches, tmp_path):
@@ -125,10 +138,12 @@ def test_a_new_length_compiles_nothing(launches):
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(
     ("dtype", "precision", "width"),
-    [(torch.bfloat16, "ieee", width) for width in (16, 32, 64, 100, 1024, 4096)]
-    + [(torch.float16, "ieee", width) for width in (64, 1024)]
-    + [(torch.float32, "ieee", width) for width in (16, 32, 100, 1024)]
-    + [(torch.float32, "tf32", width) for width in (16, 32, 100, 1024)],
+    [
+        *((torch.bfloat16, "ieee", width) for width in (16, 32, 64, 100, 1024)),
+        (torch.float16, "ieee", 1024),
+        *((torch.float32, "ieee", width) for width in (16, 32, 100, 1024)),
+        (torch.float32, "tf32", 1024),
+    ],
     ids=str,
 )
 def test_compiles_ahead_of_time_without_spills(
@@ -140,12 +155,13 @@ def test_compiles_ahead_of_time_without_spills(
 
     from kernels.feedback import triton as kernels
 
-    monkeypatch.setattr(kernels, "precision_for", lambda dtype: precision)
+    monkeypatch.setattr(kernels, "product_precision", lambda: precision)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for case in ({}, {"segments": True}, {"L": 300}):
-        if width in (100, 1024) or case == {"segments": True}:  # the widths between add no other masks
-            forward_and_backward(600, width, dtype=dtype, **case)
+    forward_and_backward(600, width, dtype=dtype, segments=True)
+    if width == 100:
+        forward_and_backward(600, width, dtype=dtype)
+        forward_and_backward(600, width, dtype=dtype, L=300)
     seen, matrix_units = set(), False
     for kernel, arguments, options in launches:
         constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
