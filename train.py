@@ -16,6 +16,7 @@ examples:
   python train.py recipes/quickstart.yaml model.mixer=attention   the same with another mixer
   python train.py recipes/quickstart.yaml trainer.steps=50 seed=1
   python train.py recipes/quickstart.yaml resume=auto             continue the newest unfinished run
+  python train.py recipes/fineweb-350m.yaml strategy=fsdp         shards over every GPU
   python train.py recipes/quickstart.yaml --dry-run               size, cost and memory; needs no data
 
 exit codes: 0 trained to the end; 75 interrupted (SIGTERM, SIGUSR1 or trainer.max_time), checkpoint written, go on

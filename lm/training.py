@@ -166,9 +166,8 @@ def train(recipe: Recipe, console: Console, world: World | None = None) -> Resul
     if kind == "cpu":
         keep_freed_memory()
         if world.devices > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(
-                max(1, (os.cpu_count() or 1) // world.devices)
-            )  # or they stand in their way
+            # More threads than cores stand in each other's way.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.devices))
     else:
         torch.cuda.set_device(device)
     resumed, checkpoint = world.ask_main(lambda: _find_start(recipe, console))
