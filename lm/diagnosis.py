@@ -107,21 +107,21 @@ def explain(error: BaseException) -> str | None:
         return last_line.partition("DataError: ")[2] or text
     if isinstance(error, (NonFiniteError, OutOfMemoryError, LostProcessError)):
         return text
-    go_on = "The checkpoints are whole; continue with resume=auto"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         first = text.strip().splitlines()[0]
-        return f"a data loading process died (killed, or out of memory): {first} {go_on}, or trainer.num_workers=0"
+        return f"a data loading process died (killed, or out of memory): {first} {GO_ON}, or trainer.num_workers=0"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {error.filename or text}. Make room. {go_on}"
+        return f"the disk is full: {error.filename or text}. Make room. {GO_ON}"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}. {go_on}"
+        return f"{error.filename}: {error.strerror}. {GO_ON}"
     if isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and _LOST.search(text)):
-        return f"{LOST}: {last_line}. {go_on}"
+        return f"{LOST}: {last_line}. {GO_ON}"
     if is_out_of_memory(error):
         return f"out of memory before training began: {last_line}. Try strategy=fsdp on several devices"
     return None
 
 
+GO_ON = "The checkpoints are whole; continue with resume=auto"
 LOST = "lost another process of the run"
 _LOST = re.compile(r"gloo|Connection (reset|closed|refused)|Broken pipe|NCCL|Timed out|Socket", re.IGNORECASE)
 

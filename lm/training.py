@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -47,7 +48,7 @@ from lm.callbacks import (
 from lm.checkpoint import last_checkpoint, read_meta, set_aside_after
 from lm.config import ConfigError, Recipe, differing_keys, to_dict, to_yaml
 from lm.decoder import Decoder
-from lm.diagnosis import LOST, OutOfMemoryError, explain, is_out_of_memory, memory_advice
+from lm.diagnosis import GO_ON, LOST, OutOfMemoryError, explain, is_out_of_memory, memory_advice
 from lm.module import LanguageModel
 from lm.parallel import keep_freed_memory, lightning_strategy, make_mesh, parallelize
 from lm.precision import BF16Weights
@@ -134,7 +135,7 @@ def run_recipe(recipe: Recipe, console: Console, command: Sequence[str]) -> int:
     except Exception as error:
         known = explain(error)
         if known is not None and known.startswith(LOST) and (culprit := world.killed()):
-            known = f"{culprit}: {known}"
+            known = f"{culprit}. {GO_ON}"
         code = 2 if isinstance(error, (BackendError, ConfigError, DataError)) else 1
         if world.rank and not world.all_raised:
             print(f"rank {world.rank}: {known or traceback.format_exc()}", file=sys.stderr)
@@ -329,6 +330,9 @@ def _fit(
         raise
     finally:
         interruptions.restore()
+        # Loading processes that an error left behind ignore SIGTERM, and Python would wait for them at its end.
+        for process in multiprocessing.active_children():
+            process.kill()
     final = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()

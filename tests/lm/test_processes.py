@@ -365,9 +365,8 @@ def test_a_rank_that_hangs_is_named(tmp_path, options):
 
 def test_a_rank_that_is_killed_is_named(tmp_path, options):
     mishap = plugin(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    process = start(
-        *options, *LONG, *layout(2, 2)[:3], "plugins=[mishap]", "trainer.checkpoint_every=2", **mishap
-    )
+    more = ["plugins=[mishap]", "trainer.checkpoint_every=2", "trainer.num_workers=1"]
+    process = start(*options, *LONG, *layout(2, 2)[:3], *more, **mishap)
     _, err = finish(process, code=1)
     assert "rank 1 was killed by signal 9" in err
     (run,) = run_dirs(tmp_path)
