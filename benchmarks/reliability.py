@@ -226,11 +226,15 @@ def end_by_signal(strategy: str, folder: Path, draw: random.Random) -> tuple[str
             break
     time.sleep(draw.uniform(0, 0.2))
     process.send_signal(signum)
-    process.communicate(timeout=300)
+    rest, _ = process.communicate(timeout=300)
     checkpoints = list_checkpoints(run_folder(folder))
     reached = read_meta(checkpoints[-1])["global_step"] if checkpoints else 0
     logged = max(int(step) for metric, step in curves(folder) if metric == "train/loss")
     good = process.returncode == 75 and reached == logged and find_damage(checkpoints[-1]) is None
+    if not good:
+        print(
+            f"exit code {process.returncode}, checkpoint {reached}, logged {logged}:\n{rest}", file=sys.stderr
+        )
     return signal.Signals(signum).name, reached, good
 
 

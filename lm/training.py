@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -330,9 +331,7 @@ def _fit(
         raise
     finally:
         interruptions.restore()
-        # Loading processes that an error left behind ignore SIGTERM, and Python would wait for them at its end.
-        for process in multiprocessing.active_children():
-            process.kill()
+        end_loading_processes()
     final = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
@@ -348,6 +347,17 @@ def _fit(
                 logger.log_hyperparams(_flat(to_dict(recipe)), last, step=trainer.global_step)
                 logger.finalize("success")
     return Result(run, trainer.global_step, final, sample)
+
+
+def end_loading_processes() -> None:
+    """Ends those that an error left behind: they ignore SIGTERM, and Python would wait for them at its end."""
+    left = multiprocessing.active_children()
+    if left and threading.current_thread() is threading.main_thread():
+        heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
+        for process in left:
+            process.kill()
+            process.join()
+        signal.signal(signal.SIGCHLD, heard)
 
 
 def write_result(run: Path, steps: int, metrics: dict[str, float]) -> None:
