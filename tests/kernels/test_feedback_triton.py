@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
+@pytest.mark.slow
 def test_numbers_agree_on_a_gpu_or_else_in_the_interpreter():
     pytest.importorskip("triton")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
