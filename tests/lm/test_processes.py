@@ -128,7 +128,7 @@ PROBE = """
 import sys, torch
 from lm.config import load_recipe
 from lm.processes import start
-from lm.parallel import lightning_strategy, make_mesh
+from lm.parallel import make_mesh
 from lm.training import make_decoder
 from lm.checkpoint import read
 from lm.parallel import _piece
@@ -141,7 +141,6 @@ if recipe.resume:
     saved = {name.removeprefix("decoder."): value for name, value in saved.items()}
     decoder.load_state_dict({name: _piece(value, name, decoder) for name, value in saved.items()})
 whole = {name: value.full_tensor() for name, value in decoder.state_dict().items()}
-largest = max(p.to_local().numel() for p in decoder.parameters())
 if world.rank == 0:
     torch.save({"whole": whole, "held": sum(p.to_local().numel() for p in decoder.parameters())}, sys.argv[2])
 world.close(failed=False)
