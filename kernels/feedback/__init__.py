@@ -99,18 +99,23 @@ def feedback_attention(
         ValueError: a shape, dtype or device does not fit, or the backend cannot take the input.
     """
     _check(q, k, f, gamma, segment_ids, past, past_length, chunk_size)
+    if past is not None and past[0].shape[2] == 0:
+        past = None
+    L = 0 if past is None or q.shape[2] == 1 else past[0].shape[2]  # one new position has nothing to solve
     name = choose(
         "feedback_attention",
         backend,
-        {"triton": lambda: why_not(q, f, gamma), "chunked": lambda: None, "reference": lambda: None},
+        {
+            "triton": lambda: why_not(q, f, gamma, L + q.shape[2]),
+            "chunked": lambda: None,
+            "reference": lambda: None,
+        },
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     accumulate = torch.float32
     for x in (q, f, gamma):
         accumulate = torch.promote_types(accumulate, x.dtype)
 
-    if past is not None and past[0].shape[2] == 0:
-        past = None
     s_past, ids = None, segment_ids
     with torch.autocast(q.device.type, enabled=False):
         if past is not None and q.shape[2] == 1:

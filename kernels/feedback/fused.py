@@ -18,8 +18,8 @@ _TILE = 128
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(q: Tensor, f: Tensor, gamma: Tensor) -> str | None:
-    """Why the kernels cannot take the input, or None."""
+def why_not(q: Tensor, f: Tensor, gamma: Tensor, S: int) -> str | None:
+    """Why the kernels cannot take the input, or None. S: columns of the solve."""
     if not _HAS_TRITON:
         return "triton is not installed"
     if not q.is_cuda and not _INTERPRETED:
@@ -32,6 +32,9 @@ def why_not(q: Tensor, f: Tensor, gamma: Tensor) -> str | None:
         return f"K = {q.shape[-1]} and P = {f.shape[-1]}, and the kernels take widths up to 4096"
     if q.shape[0] * q.shape[1] > 65535:
         return f"B * H is {q.shape[0] * q.shape[1]}, and a launch takes at most 65535"
+    widest = max(q.shape[-1], f.shape[-1], 4 * _TILE)  # of keys, values and the weights of a panel
+    if (S + 2 * _TILE) * widest >= 2**31:
+        return f"{S} positions are {widest} wide, and the kernels count a sequence's numbers in 32 bits"
     if 0 in (*q.shape, *f.shape):
         return "there is nothing to compute"
     return None

@@ -41,6 +41,7 @@ class Tiles:
 
     tile: int  # rows and columns of a tile, and most features of an output tile
     step: int  # how much of the summed dimension is loaded at a time
+    product_step: int  # the same in `product`; a whole tile where the loads are to run ahead over tiles
     block: int  # M
     slice: int  # features per program of a solve
     warps: int
@@ -48,11 +49,16 @@ class Tiles:
     stages: int
 
 
-HALF = Tiles(tile=128, step=64, block=64, slice=32, warps=8, solve_warps=4, stages=3)
-SINGLE = Tiles(tile=64, step=16, block=32, slice=16, warps=4, solve_warps=4, stages=3)
+HALF = Tiles(tile=128, step=64, product_step=128, block=64, slice=32, warps=8, solve_warps=4, stages=3)
+SINGLE = Tiles(tile=64, step=16, product_step=16, block=32, slice=16, warps=8, solve_warps=4, stages=3)
 
 PANEL_BYTES = 256 * 2**20
 """Panels are made smaller, down to one tile of rows, where a panel's weights would take more than this."""
+PROGRAMS = 256
+"""Programs that keep a GPU busy: about two for each multiprocessor of an A100 or H100. A panel of one long sequence
+has fewer output tiles than that, and then programs share the sum of a tile."""
+TILES_PER_SPLIT = 4
+"""Least tiles that a program of such a sum adds up."""
 
 
 def tiles_for(dtype: torch.dtype) -> Tiles:
@@ -123,7 +129,9 @@ def feedback_forward(
     n_tiles = triton.cdiv(S, tiles.tile)
     weights = f.new_empty(N, R, n_tiles * tiles.tile)
     tops, sums = gamma.new_empty(N, n_tiles, R), gamma.new_empty(N, n_tiles, R)
-    mean = gamma.new_empty(N, R, P)
+    width = _width(P, tiles)
+    splits = _splits(N * triton.cdiv(P, width) * (R // tiles.tile), n_tiles)
+    means = gamma.new_empty(splits, N, R, P)
     precision = product_precision()
     tiling = {"R": R, "TILE": tiles.tile}
     with torch.cuda.device_of(q):
@@ -171,23 +179,23 @@ def feedback_forward(
                 **_launch(tiles.solve_warps),
             )
             if L + lo:
-                width = _width(P, tiles)
-                product_kernel[(triton.cdiv(P, width), row_tiles, N)](
+                product_kernel[(triton.cdiv(P, width), row_tiles, N * splits)](
                     weights,
                     tops,
                     s,
                     visible["first"],
                     top,
                     total,
-                    mean,
+                    means,
                     lo,
                     T,
                     L,
                     n_tiles,
+                    splits,
                     H=H,
                     P=P,
                     **tiling,
-                    STEP=tiles.step,
+                    STEP=tiles.product_step,
                     WIDTH=width,
                     HAS_SEGMENTS=flags["HAS_SEGMENTS"],
                     PRECISION=precision,
@@ -203,13 +211,14 @@ def feedback_forward(
                 top,
                 total,
                 inverse,
-                mean,
+                means,
                 s,
                 attended,
                 lo,
                 T,
                 L,
                 n_tiles,
+                splits if L + lo else 0,
                 H=H,
                 P=P,
                 **tiling,
@@ -263,38 +272,50 @@ def feedback_backward(
     correction_parts = torch.empty_like(dgamma_parts)
     rows_below = _round_up(T, tiles.tile)
     weights = s.new_empty(N, rows_below, R)
-    rhs = gamma.new_empty(N, R, P)
+    value_width, key_width = _width(P, tiles), _width(K, tiles)
+    programs = N * min(triton.cdiv(P, value_width), triton.cdiv(K, key_width)) * (R // tiles.tile)
+    splits = _splits(programs, rows_below // tiles.tile)
+    parts = gamma.new_empty(splits * N * R * max(P, K))
+    rhs = parts[: splits * N * R * P].view(splits, N, R, P)
     precision = product_precision()
     tiling = {"R": R, "TILE": tiles.tile}
-    key_width = _width(K, tiles)
 
-    def transposed_product(x, out, addend, factor, begin, lo, first_column, columns, out_row, diagonal):
-        width = _width(x.shape[-1], tiles)
-        transposed_product_kernel[(triton.cdiv(x.shape[-1], width), triton.cdiv(columns, tiles.tile), N)](
+    def transposed_product(x, out, first_row, factor, begin, splits, lo, columns, diagonal):
+        """out (splits, B, H, rows, W), from `first_row`: shares of factor * weights^T x, rows of x from lo + begin."""
+        W = x.shape[-1]
+        width = _width(W, tiles)
+        transposed_product_kernel[(triton.cdiv(W, width), triton.cdiv(columns, tiles.tile), N * splits)](
             weights,
             x,
-            out if addend is None else addend,
             out,
             q if last is None else last,
             factor,
             begin,
             lo,
-            first_column,
             columns,
             T,
             out.shape[-2],
-            out_row,
+            first_row,
+            splits,
             H=H,
-            W=x.shape[-1],
+            W=W,
             **tiling,
             STEP=tiles.step,
             WIDTH=width,
             DIAGONAL=diagonal,
-            HAS_ADDEND=addend is not None,
             HAS_SEGMENTS=last is not None,
             PRECISION=precision,
             **_launch(tiles.warps, tiles.stages),
         )
+
+    def transposed_sum(x, out, factor, lo, first_column, columns, diagonal):
+        """out (B, H, S, W) = factor * weights^T x, for a panel's columns."""
+        if splits == 1:
+            transposed_product(x, out, first_column, factor, 0, 1, lo, columns, diagonal)
+            return
+        shares = parts[: splits * N * R * x.shape[-1]].view(splits, B, H, R, -1)
+        transposed_product(x, shares, 0, factor, 0, splits, lo, columns, diagonal)
+        out[:, :, first_column : first_column + columns] = shares[:, :, :, :columns].sum(0)
 
     # (first row that sees the panel, first column, columns, whether the panel holds a part of the diagonal)
     panels = [(0, c, min(R, L - c), False) for c in range(0, L, R)]
@@ -319,11 +340,14 @@ def feedback_backward(
                 **flags,
                 PRECISION=precision,
             )
-            span = (lo, first_column, columns)
+            span = (lo, first_column, columns, diagonal)
             if diagonal:
-                transposed_product(scaled_g, rhs, ds, 1.0, R, *span, 0, True)
+                after = splits if lo + R < T else 0
+                if after:
+                    transposed_product(scaled_g, rhs, 0, 1.0, R, splits, lo, columns, True)
                 transposed_solve_kernel[(n_slices, N)](
                     weights,
+                    ds,
                     rhs,
                     gamma,
                     inverse,
@@ -335,6 +359,7 @@ def feedback_backward(
                     lo,
                     T,
                     L,
+                    after,
                     P=P,
                     **tiling,
                     M=tiles.block,
@@ -343,7 +368,7 @@ def feedback_backward(
                     **_launch(tiles.solve_warps),
                 )
             else:
-                transposed_product(scaled_g, g, None, 1.0, 0, *span, first_column, False)
+                transposed_sum(scaled_g, g, 1.0, *span)
             dlogits_kernel[(column_tiles, row_tiles, N)](
                 scaled_g,
                 s,
@@ -359,13 +384,12 @@ def feedback_backward(
                 **flags,
                 PRECISION=precision,
             )
-            transposed_product(q, dk, None, scale, 0, *span, first_column, diagonal)
+            transposed_sum(q, dk, scale, *span)
             dq_kernel[(triton.cdiv(K, key_width), row_tiles, N)](
                 weights,
                 k,
                 visible["first"],
                 dq_sum,
-                scale,
                 lo,
                 first_column,
                 columns,
@@ -381,7 +405,8 @@ def feedback_backward(
                 PRECISION=precision,
                 **_launch(tiles.warps, tiles.stages),
             )
-    return dq_sum.to(q.dtype), dk, dgamma_parts.sum(0), g
+    dq = scaled_g.view_as(q) if K == P else torch.empty_like(q)  # scaled_g is not needed any more
+    return torch.mul(dq_sum, scale, out=dq), dk, dgamma_parts.sum(0), g
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -393,6 +418,11 @@ def _width(width: int, tiles: Tiles) -> int:
     return max(16, min(tiles.tile, triton.next_power_of_2(width)))
 
 
+def _splits(programs: int, tiles: int) -> int:
+    """Among how many programs a sum over `tiles` is divided, where there are only `programs` sums."""
+    return max(1, min(PROGRAMS // programs, tiles // TILES_PER_SPLIT))
+
+
 def _inner_options(width: int, tiles: Tiles) -> dict[str, int]:
     """Options of the kernels that sum over features."""
     step = max(16, min(tiles.step, triton.next_power_of_2(width)))
@@ -400,9 +430,8 @@ def _inner_options(width: int, tiles: Tiles) -> dict[str, int]:
 
 
 def _launch(warps: int, stages: int = 3) -> dict[str, int]:
-    options = {"num_warps": warps, "num_stages": stages}
     # A program may have all registers: else the assembler spills a few of some kernels to make room for another.
-    return options | {"maxnreg": 255} if warps == 8 else options
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": 255}
 
 
 # ---- what several kernels do ----
@@ -541,7 +570,7 @@ def scores_kernel(
 
     rows = local + tl.arange(0, TILE)
     columns = column + tl.arange(0, TILE)
-    at = weights + (n * R + rows)[:, None] * (n_tiles * TILE) + columns[None, :]
+    at = weights + n * R * n_tiles * TILE + rows[:, None] * (n_tiles * TILE) + columns[None, :]
     tl.store(at, w)
     statistics = (n * n_tiles + tl.program_id(0)) * R + rows
     tl.store(tops + statistics, top)
@@ -593,7 +622,8 @@ def inverse_kernel(
     gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
     factor = tl.exp(tl.load(tops + (n * n_tiles + own) * R + local) - shift) / tl.maximum(row_total, 1.0)
     columns = L + lo + tl.program_id(0) * M + i
-    w = tl.load(weights + (n * R + local)[:, None] * (n_tiles * TILE) + columns[None, :]).to(tl.float32)
+    own_rows = weights + n * R * n_tiles * TILE + local[:, None] * (n_tiles * TILE)  # (M, 1)
+    w = tl.load(own_rows + columns[None, :]).to(tl.float32)
     w = w * (gain * factor)[:, None]
 
     # The inverse of blocks twice as large: [[A, 0], [-C, D]]^-1 = [[A^-1, 0], [D^-1 C A^-1, D^-1]].
@@ -608,11 +638,11 @@ def inverse_kernel(
         size *= 2
     x = tl.where(i[:, None] > i[None, :], x, 0.0)
     padded = (T + M - 1) // M * M
-    at = inverse + (n * padded + rows)[:, None] * M + i[None, :]
+    at = inverse + n * padded * M + rows[:, None] * M + i[None, :]
     tl.store(at, x.to(inverse.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles"])
+@triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles", "splits"])
 def product_kernel(
     weights,  # (N, R, n_tiles * TILE)
     tops,  # (N, n_tiles, R)
@@ -620,11 +650,12 @@ def product_kernel(
     first,  # (B, T)
     top,  # (N, T)
     total,  # (N, T)
-    mean,  # (N, R, P)
+    means,  # (splits, N, R, P)
     lo,
     T,
     L,
     n_tiles,
+    splits,
     H,
     P: tl.constexpr,
     R: tl.constexpr,
@@ -634,33 +665,41 @@ def product_kernel(
     HAS_SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    n = tl.program_id(2).to(tl.int64)
+    """Sums over one of `splits` shares of the tiles before the panel."""
+    n = (tl.program_id(2) // splits).to(tl.int64)
+    split = tl.program_id(2) % splits
     local = tl.program_id(1) * TILE + tl.arange(0, TILE)
     rows = lo + local
     p = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    some = (p < P)[None, :]
     shift = _finite(tl.load(top + n * T + rows, mask=rows < T, other=0.0))  # (TILE,)
     begin = 0
+    end = (L + lo) // TILE
     if HAS_SEGMENTS:
         begin = (tl.load(first + n // H * T + lo + tl.program_id(1) * TILE) // TILE).to(tl.int32)
+    share = tl.cdiv(end - begin, splits)
+    begin += split * share
+    own_rows = weights + n * R * n_tiles * TILE + local[:, None] * (n_tiles * TILE)  # (TILE, 1)
+    values = s + n * (L + T) * P
 
     attended = tl.zeros((TILE, WIDTH), tl.float32)
-    for tile in range(begin, (L + lo) // TILE):
+    for tile in range(begin, tl.minimum(begin + share, end)):
         products = tl.zeros((TILE, WIDTH), tl.float32)
-        for at in tl.static_range(0, TILE, STEP):
+        for at in range(0, TILE, STEP):
             columns = tile * TILE + at + tl.arange(0, STEP)
-            w = tl.load(weights + (n * R + local)[:, None] * (n_tiles * TILE) + columns[None, :])
-            y = tl.load(
-                s + (n * (L + T) + columns)[:, None] * P + p[None, :], mask=(p < P)[None, :], other=0.0
-            )
+            w = tl.load(own_rows + columns[None, :])
+            y = tl.load(values + columns[:, None] * P + p[None, :], mask=some, other=0.0)
             products = tl.dot(w, y, products, input_precision=PRECISION)
         factor = tl.exp(tl.load(tops + (n * n_tiles + tile) * R + local) - shift)
         attended += factor[:, None] * products
     row_total = tl.load(total + n * T + rows, mask=rows < T, other=1.0)
     attended = attended / tl.maximum(row_total, 1.0)[:, None]
-    tl.store(mean + (n * R + local)[:, None] * P + p[None, :], attended, mask=(p < P)[None, :])
+    sequences = tl.num_programs(2) // splits
+    own = means + (split * sequences + n) * R * P + local[:, None] * P + p[None, :]
+    tl.store(own, attended, mask=some)
 
 
-@triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles"])
+@triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles", "splits"])
 def solve_kernel(
     weights,  # (N, R, n_tiles * TILE)
     tops,  # (N, n_tiles, R)
@@ -670,13 +709,14 @@ def solve_kernel(
     top,  # (N, T)
     total,  # (N, T)
     inverse,  # (N, ceil(T / M) * M, M)
-    mean,  # (N, R, P)
+    means,  # (splits, N, R, P)
     s,  # (N, S, P)
     attended,  # (N, T, P)
     lo,
     T,
     L,
     n_tiles,
+    splits,
     H,
     P: tl.constexpr,
     R: tl.constexpr,
@@ -691,38 +731,39 @@ def solve_kernel(
     p = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     some = (p < P)[None, :]
     padded = (T + M - 1) // M * M
+    panel = weights + n * R * n_tiles * TILE + (L + lo)  # its own columns
+    solution = s + (n * (L + T) + L + lo) * P  # its own rows
     for block in range(0, (tl.minimum(R, T - lo) + M - 1) // M):
         local = block * M + i
         rows = lo + local
         inside = rows < T
         shift = _finite(tl.load(top + n * T + rows, mask=inside, other=0.0))  # (M,)
         norm = 1.0 / tl.maximum(tl.load(total + n * T + rows, mask=inside, other=1.0), 1.0)
-        own_row = weights + (n * R + local)[:, None] * (n_tiles * TILE) + (L + lo)  # (M, 1)
+        own_rows = panel + local[:, None] * (n_tiles * TILE)  # (M, 1)
         begin = 0
         if HAS_SEGMENTS:
             begin = tl.maximum(tl.load(first + n // H * T + lo + block * M) - lo, 0).to(tl.int32) // M
 
         u = tl.zeros((M, WIDTH), tl.float32)
-        if L + lo > 0:
-            u = tl.load(mean + (n * R + local)[:, None] * P + p[None, :], mask=some, other=0.0)
+        for split in range(splits):
+            mean = means + (split * tl.num_programs(1) + n) * R * P
+            u += tl.load(mean + local[:, None] * P + p[None, :], mask=some, other=0.0)
         for j in range(begin, block):
-            w = tl.load(own_row + (j * M + i)[None, :])
-            y = tl.load(
-                s + (n * (L + T) + L + lo + j * M + i)[:, None] * P + p[None, :], mask=some, other=0.0
-            )
+            w = tl.load(own_rows + (j * M + i)[None, :])
+            y = tl.load(solution + (j * M + i)[:, None] * P + p[None, :], mask=some, other=0.0)
             tile = (L + lo + j * M) // TILE
             factor = tl.exp(tl.load(tops + (n * n_tiles + tile) * R + local) - shift) * norm
             u += factor[:, None] * tl.dot(w, y, input_precision=PRECISION)
 
         here = inside[:, None] & some
-        own = (n * T + rows)[:, None] * P + p[None, :]
+        own = n * T * P + rows[:, None] * P + p[None, :]
         gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
         rhs = tl.load(f + own, mask=here, other=0.0).to(tl.float32) + gain[:, None] * u
-        x = tl.load(inverse + (n * padded + rows)[:, None] * M + i[None, :])
+        x = tl.load(inverse + n * padded * M + rows[:, None] * M + i[None, :])
         solved = (rhs + tl.dot(x, rhs.to(x.dtype), input_precision=PRECISION)).to(x.dtype)
-        tl.store(s + (n * (L + T) + L + rows)[:, None] * P + p[None, :], solved, mask=here)
+        tl.store(solution + local[:, None] * P + p[None, :], solved, mask=here)
 
-        w = tl.load(own_row + local[None, :])
+        w = tl.load(own_rows + local[None, :])
         tile = (L + lo + block * M) // TILE
         factor = tl.exp(tl.load(tops + (n * n_tiles + tile) * R + local) - shift) * norm
         u += factor[:, None] * tl.dot(w, solved, input_precision=PRECISION)
@@ -773,25 +814,24 @@ def alpha_kernel(
     alpha = tl.where(visible, tl.exp(logits - shift[:, None]) * norm[:, None], 0.0)
     padded = (T + TILE - 1) // TILE * TILE
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    at = weights + (n * padded + rows - lo)[:, None] * R + columns[None, :]
+    at = weights + n * padded * R + (rows - lo)[:, None] * R + columns[None, :]
     tl.store(at, alpha.to(weights.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["begin", "lo", "first_column", "columns", "T", "out_rows", "out_row"])
+@triton.jit(do_not_specialize=["begin", "lo", "columns", "T", "out_rows", "out_row", "splits"])
 def transposed_product_kernel(
     weights,  # (N, ceil(T / TILE) * TILE, R), rows from lo
     x,  # (N, T, W)
-    addend,  # (N, T, W), rows from lo
-    out,  # (N, out_rows, W), rows from out_row
+    out,  # (splits, N, out_rows, W), rows from out_row
     last,  # (B, T)
     factor,
     begin,
     lo,
-    first_column,
     columns,
     T,
     out_rows,
     out_row,
+    splits,
     H,
     W: tl.constexpr,
     R: tl.constexpr,
@@ -799,12 +839,12 @@ def transposed_product_kernel(
     STEP: tl.constexpr,
     WIDTH: tl.constexpr,
     DIAGONAL: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[column] = addend[column] + factor * sum of weights[t, column] x[t] over rows from lo + begin."""
-    n = tl.program_id(2).to(tl.int64)
+    """out[column] = factor * sum of weights[t, column] x[t] over one of `splits` shares of the rows from lo + begin."""
+    n = (tl.program_id(2) // splits).to(tl.int64)
+    split = tl.program_id(2) % splits
     column = tl.program_id(1) * TILE
     j = column + tl.arange(0, TILE)
     features = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
@@ -815,26 +855,27 @@ def transposed_product_kernel(
         begin = tl.maximum(begin, column)
     if HAS_SEGMENTS:  # columns are rows: there is no past
         end = (tl.load(last + n // H * T + tl.minimum(lo + column + TILE, T) - 1) - lo).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(end - begin, splits), STEP) * STEP
+    begin += split * share
+    panel = weights + n * padded * R
+    operand = x + (n * T + lo) * W
     products = tl.zeros((TILE, WIDTH), tl.float32)
-    for at in range(begin, end, STEP):
+    for at in range(begin, tl.minimum(begin + share, end), STEP):
         t = at + tl.arange(0, STEP)
-        inside = (lo + t < T)[:, None]
-        a = tl.load(weights + (n * padded + t)[:, None] * R + j[None, :], mask=inside, other=0.0)
-        y = tl.load(x + (n * T + lo + t)[:, None] * W + features[None, :], mask=inside & some, other=0.0)
+        inside = (t < T - lo)[:, None]
+        a = tl.load(panel + t[:, None] * R + j[None, :], mask=inside, other=0.0)
+        y = tl.load(operand + t[:, None] * W + features[None, :], mask=inside & some, other=0.0)
         products = tl.dot(tl.trans(a), y, products, input_precision=PRECISION)
-    products = products * factor
-    here = (j < columns)[:, None] & some
-    if HAS_ADDEND:
-        own = addend + (n * T + lo + j)[:, None] * W + features[None, :]
-        products += tl.load(own, mask=here, other=0.0).to(tl.float32)
-    at_out = out + (n * out_rows + out_row + j)[:, None] * W + features[None, :]
-    tl.store(at_out, products.to(out.dtype.element_ty), mask=here)
+    sequences = tl.num_programs(2) // splits
+    own = out + ((split * sequences + n) * out_rows + out_row) * W + j[:, None] * W + features[None, :]
+    tl.store(own, (products * factor).to(out.dtype.element_ty), mask=(j < columns)[:, None] & some)
 
 
-@triton.jit(do_not_specialize=["lo", "T", "L"])
+@triton.jit(do_not_specialize=["lo", "T", "L", "splits"])
 def transposed_solve_kernel(
     weights,  # (N, ceil(T / TILE) * TILE, R), rows from lo
-    rhs,  # (N, R, P)
+    ds,  # (N, T, P)
+    parts,  # (splits, N, R, P)
     gamma,  # (N, T)
     inverse,  # (N, ceil(T / M) * M, M)
     attended,  # (N, T, P)
@@ -845,6 +886,7 @@ def transposed_solve_kernel(
     lo,
     T,
     L,
+    splits,
     P: tl.constexpr,
     R: tl.constexpr,
     TILE: tl.constexpr,
@@ -858,6 +900,7 @@ def transposed_solve_kernel(
     some = (p < P)[None, :]
     padded = (T + TILE - 1) // TILE * TILE
     padded_blocks = (T + M - 1) // M * M
+    panel = weights + n * padded * R
     blocks = (tl.minimum(R, T - lo) + M - 1) // M
     for behind in range(0, blocks):
         block = blocks - 1 - behind
@@ -865,27 +908,29 @@ def transposed_solve_kernel(
         rows = lo + local
         inside = rows < T
         here = inside[:, None] & some
-        v = tl.load(rhs + (n * R + local)[:, None] * P + p[None, :], mask=here, other=0.0)
+        own = n * T * P + rows[:, None] * P + p[None, :]
+        v = tl.load(ds + own, mask=here, other=0.0).to(tl.float32)
+        for split in range(splits):
+            part = parts + (split * tl.num_programs(1) + n) * R * P
+            v += tl.load(part + local[:, None] * P + p[None, :], mask=here, other=0.0)
         for j in range(block + 1, blocks):
             below = j * M + i
             later = (lo + below < T)[:, None]
-            w = tl.load(weights + (n * padded + below)[:, None] * R + local[None, :])
-            y = tl.load(
-                scaled_g + (n * T + lo + below)[:, None] * P + p[None, :], mask=later & some, other=0.0
-            )
+            w = tl.load(panel + below[:, None] * R + local[None, :])
+            after = scaled_g + (n * T + lo) * P + below[:, None] * P + p[None, :]
+            y = tl.load(after, mask=later & some, other=0.0)
             v += tl.dot(tl.trans(w), y, input_precision=PRECISION)
-        x = tl.load(inverse + (n * padded_blocks + rows)[:, None] * M + i[None, :])
+        x = tl.load(inverse + n * padded_blocks * M + rows[:, None] * M + i[None, :])
         v += tl.dot(tl.trans(x), v.to(x.dtype), input_precision=PRECISION)
-        own = (n * T + rows)[:, None] * P + p[None, :]
-        tl.store(g + (n * (L + T) + L + rows)[:, None] * P + p[None, :], v.to(x.dtype), mask=here)
+        tl.store(g + (n * (L + T) + L) * P + rows[:, None] * P + p[None, :], v.to(x.dtype), mask=here)
         gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
         scaled = (gain[:, None] * v).to(x.dtype)
         tl.store(scaled_g + own, scaled, mask=here)
         a = tl.load(attended + own, mask=here, other=0.0)
-        part = (tl.program_id(0) * tl.num_programs(1) + n) * T + rows
-        tl.store(dgamma_parts + part, tl.sum(v * a, axis=1), mask=inside)
+        at = (tl.program_id(0) * tl.num_programs(1) + n) * T + rows
+        tl.store(dgamma_parts + at, tl.sum(v * a, axis=1), mask=inside)
         # gamma dgamma, but of what `dlogits` multiplies: so rounding leaves the sum over a row's dlogits at 0.
-        tl.store(correction_parts + part, tl.sum(scaled.to(tl.float32) * a, axis=1), mask=inside)
+        tl.store(correction_parts + at, tl.sum(scaled.to(tl.float32) * a, axis=1), mask=inside)
         tl.debug_barrier()  # the next block reads what other threads stored
 
 
@@ -930,7 +975,7 @@ def dlogits_kernel(
         correction += tl.load(at, mask=rows < T, other=0.0)
     padded = (T + TILE - 1) // TILE * TILE
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    at = weights + (n * padded + rows - lo)[:, None] * R + columns[None, :]
+    at = weights + n * padded * R + (rows - lo)[:, None] * R + columns[None, :]
     alpha = tl.load(at).to(tl.float32)
     if not HAS_PAST:
         # Rows that see nothing outside this tile need no correction from elsewhere, and this one is more accurate.
@@ -948,8 +993,7 @@ def dq_kernel(
     weights,  # (N, ceil(T / TILE) * TILE, R), rows from lo
     k,  # (N, S, K)
     first,  # (B, T)
-    dq,  # (N, T, K)
-    scale,
+    dq_sum,  # (N, T, K)
     lo,
     first_column,
     columns,
@@ -982,19 +1026,16 @@ def dq_kernel(
         begin = tl.maximum(tl.load(first + n // H * T + lo + local) - lo, 0).to(tl.int32) // TILE * TILE
         if begin >= end:  # nothing to add; a panel that starts a row has its diagonal
             return
-    products = tl.zeros((TILE, WIDTH), tl.float32)
+    panel = weights + n * padded * R
+    keys = k + (n * (L + T) + first_column) * K
+    own = dq_sum + n * T * K + rows[:, None] * K + features[None, :]
+    here = (rows < T)[:, None] & some
+    products = tl.load(own, mask=here & started[:, None], other=0.0)
     for at in range(begin, end, STEP):
         j = at + tl.arange(0, STEP)
-        w = tl.load(weights + (n * padded + t)[:, None] * R + j[None, :])
+        w = tl.load(panel + t[:, None] * R + j[None, :])
         # Beyond the panel's own columns the weights of this panel are not written, or 0.
         inside = (j < columns)[:, None]
-        y = tl.load(
-            k + (n * (L + T) + first_column + j)[:, None] * K + features[None, :],
-            mask=inside & some,
-            other=0.0,
-        )
+        y = tl.load(keys + j[:, None] * K + features[None, :], mask=inside & some, other=0.0)
         products = tl.dot(w, y, products, input_precision=PRECISION)
-    own = dq + (n * T + rows)[:, None] * K + features[None, :]
-    here = (rows < T)[:, None] & some
-    before = tl.load(own, mask=here & started[:, None], other=0.0)
-    tl.store(own, before + scale * products, mask=here)
+    tl.store(own, products, mask=here)

@@ -21,7 +21,7 @@ from tests.kernels.test_feedback import func_grad, func_jacrev, func_vjp, func_v
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SMALL = fused.Tiles(tile=32, step=16, block=16, slice=16, warps=4, solve_warps=4, stages=2)
+SMALL = fused.Tiles(tile=32, step=16, product_step=16, block=16, slice=16, warps=4, solve_warps=4, stages=2)
 
 if (
     INTERPRETED
@@ -153,6 +153,19 @@ def test_ragged_past(lengths):
 @pytest.mark.parametrize("chunk_size", [1, 64, 100, 1000])
 def test_any_panel_size(chunk_size):
     assert error_of(make_inputs(1, 1, T=100, L=33), chunk_size=chunk_size) < 1e-6
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", ["plain", "segments", "past"])
+def test_programs_that_share_a_sum(case, monkeypatch):
+    """As they do where there are few sums of many tiles."""
+    inputs = make_inputs(1, 1, T=110, L=30 if case == "past" else 0)
+    options = {"segment_ids": packed(1, 110, 90)} if case == "segments" else {}
+    alone = results(inputs, inputs[2], backend="triton", chunk_size=64, **options)
+    monkeypatch.setattr(fused, "TILES_PER_SPLIT", 1)
+    assert error_of(inputs, chunk_size=64, **options) < 1e-6
+    shared = results(inputs, inputs[2], backend="triton", chunk_size=64, **options)
+    assert any(not torch.equal(a, b) for a, b in zip(shared, alone, strict=True))  # it rounds otherwise
 
 
 @pytest.mark.parametrize("dtype_tolerance", TOLERANCES, ids=str)
@@ -300,6 +313,9 @@ def test_inputs_that_the_kernels_cannot_take_are_refused_with_the_reason():
         with pytest.raises(ValueError, match=reason):
             feedback_attention(*inputs, backend="triton")
         feedback_attention(*inputs)  # "auto" takes another
+    x, gamma = q[:1, :1, :1, :1].expand(1, 1, 2**21, 1024), gamma[:1, :1, :1].expand(1, 1, 2**21)
+    with pytest.raises(ValueError, match="2097152 positions are 1024 wide"):
+        feedback_attention(x, x, x, gamma, backend="triton")
 
 
 # ---- autograd, torch.func, torch.compile ----

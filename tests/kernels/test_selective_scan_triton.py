@@ -4,7 +4,6 @@ Letters: B batch, T time, D channels, N state size per channel.
 """
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from kernels.selective_scan import selective_scan
+from tests.kernels.ahead_of_time import compile_kernel
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,10 +86,7 @@ def test_equals_the_recurrence_with_all_gradients_on_a_gpu(shape, backend, dtype
 @pytest.mark.parametrize("N", [16, 64, 128])
 @pytest.mark.parametrize("low", ["fp32", "bf16"])
 def test_compiles_ahead_of_time_without_spills(name, N, low, architecture, tmp_path):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from kernels.selective_scan import triton as kernels
 
     kernel = getattr(kernels, name)
@@ -97,20 +94,12 @@ def test_compiles_ahead_of_time_without_spills(name, N, low, architecture, tmp_p
     constants = {"N": N, "M": 64, "BD": options["BD"], "BN": options["BN"], "HAS_RESETS": True}
     types = {"T": "i32", "D": "i32", "resets": "*u8"}
     types |= dict.fromkeys(("x", "B_in", "C_out"), f"*{low}") | dict.fromkeys(constants, "constexpr")
-    compiled = triton.compile(
-        ASTSource(kernel, {a: types.get(a, "*fp32") for a in kernel.arg_names}, constants),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": options["num_warps"]},
+    signature = {a: types.get(a, "*fp32") for a in kernel.arg_names}
+    binary = compile_kernel(
+        kernel, signature, constants, architecture, {"num_warps": options["num_warps"]}, tmp_path
     )
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-    ).stdout
-    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    assert resources["STACK"] == resources["LOCAL"] == 0, f"registers spill: {usage}"
-    assert max(resources["SHARED"], compiled.metadata.shared) <= 48 * 1024  # of any GPU, for several programs
+    assert binary.spilled == 0
+    assert binary.shared <= 48 * 1024  # of any GPU, for several programs
 
 
 if __name__ == "__main__":

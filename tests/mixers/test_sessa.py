@@ -16,7 +16,7 @@ NAMES = {"ln": "norm", "W_in": "in_proj", "W_out": "out_proj"}
 
 def golden_cases():
     with safe_open(GOLDEN, "pt") as file:
-        return {name: json.loads(text) for name, text in file.metadata().items()}
+        return {name: json.loads(text) for name, text in sorted(file.metadata().items())}
 
 
 def ours(name):
