@@ -187,6 +187,30 @@ def write_slots(cache: Tensor, new: Tensor, slots: Tensor) -> None:
     cache.scatter_(2, index, new.to(cache.dtype))
 
 
+def _write(state: AttentionState, k: Tensor, v: Tensor, positions: Tensor, selected: Tensor | None) -> None:
+    """Keeps keys and values (B, G, T, K) of new positions (B, T), and which of them are selected (B, T)."""
+    slots = state.k.shape[2]
+    # Of more new positions than slots only the last survive; writing all would leave the order to chance.
+    kept = slice(max(0, positions.shape[1] - slots), None)
+    at = positions[:, kept] % slots
+    write_slots(state.k, k[:, :, kept], at)
+    write_slots(state.v, v[:, :, kept], at)
+    if selected is not None:
+        assert state.selected is not None
+        state.selected.scatter_(1, at, selected[:, kept])
+
+
+def _cached(state: AttentionState) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Views of the slots in use: k and v (B, G, S, K); their positions (B, S), below 0 if none; `selected` (B, S)."""
+    slots = state.k.shape[2]
+    used = min(slots, state.longest)
+    last = state.length[:, None] - 1  # (B, 1)
+    slot = torch.arange(used, device=last.device)  # (S,)
+    newest = last - (last - slot) % slots  # (B, S): the newest position written to each slot
+    selected = None if state.selected is None else state.selected[:, :used]
+    return state.k[:, :, :used], state.v[:, :, :used], newest, selected
+
+
 @register_mixer("attention", AttentionConfig)
 class Attention(Mixer):
     """Multi-head causal softmax attention (Vaswani et al., arXiv 1706.03762) with the usual later options.
@@ -256,56 +280,49 @@ class Attention(Mixer):
         self, x: Tensor, state: AttentionState, selected: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
         """As every mixer's; `selected` (B, T) as in `forward`, kept in `state.selected`, which must be there."""
-        new = x.shape[1]
-        check_room(state.length, new, state.max_len)
+        new, slots = x.shape[1], state.k.shape[2]
+        check_room(state.longest, new, state.max_len)
         positions = state.length[:, None] + torch.arange(new, device=x.device)  # (B, T)
         q, k, v = self._project(x, positions)
-        if new > 1 and not state.length.any():
+        after = state.advanced(new)
+        if new > 1 and state.longest == 0:
             # The whole past is in x: no mask over cached slots needed.
             y = causal_attention(q, k, v, window=self.config.window, selected=selected)
+            _write(state, k, v, positions, selected)
+        elif new > 1 and after.longest > slots:
+            # Written first, the last of the new positions could take slots that the first of them still see.
+            k_past, v_past, keys_at, seen = _cached(state)
+            y = self._attend(
+                q,
+                torch.cat((k_past.to(k.dtype), k), dim=2),
+                torch.cat((v_past.to(v.dtype), v), dim=2),
+                positions,
+                torch.cat((keys_at, positions), dim=1),
+                None if seen is None or selected is None else torch.cat((seen, selected), dim=1),
+            )
+            _write(state, k, v, positions, selected)
         else:
-            y = self._attend_to_past(q, k, v, positions, state, selected)
-        slots = state.k.shape[2]
-        # Of more new positions than slots only the last survive; writing all would leave the order to chance.
-        kept = slice(max(0, new - slots), None)
-        write_slots(state.k, k[:, :, kept], positions[:, kept] % slots)
-        write_slots(state.v, v[:, :, kept], positions[:, kept] % slots)
-        if selected is not None:
-            assert state.selected is not None
-            state.selected.scatter_(1, positions[:, kept] % slots, selected[:, kept])
-        after = AttentionState(state.length + new, state.k, state.v, state.selected, state.max_len)
+            _write(state, k, v, positions, selected)
+            k_all, v_all, keys_at, seen = _cached(after)  # views: the cache is not copied
+            y = self._attend(q, k_all.to(k.dtype), v_all.to(v.dtype), positions, keys_at, seen)
         return self._merge(y), after
 
-    def _attend_to_past(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        state: AttentionState,
-        selected: Tensor | None,
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, keys_at: Tensor, selected: Tensor | None
     ) -> Tensor:
-        """Attention of new queries (B, H, T, K) over the cached slots and the new positions."""
-        slots = state.k.shape[2]
-        used = min(slots, int(state.length.max()))
-        slot = torch.arange(used, device=q.device)  # (S,)
-        last = state.length[:, None] - 1  # (B, 1)
-        cached = last - (last - slot) % slots  # (B, S): the newest position written to each slot, < 0 if none
-        keys_at = torch.cat((cached, positions), dim=1)[:, None, :]  # (B, 1, S + T)
-        visible = (keys_at >= 0) & (keys_at <= positions[:, :, None])  # (B, T, S + T)
+        """Attention of q (B, H, T, K) at `positions` (B, T) over k and v (B, G, S, K) at `keys_at` (B, S).
+
+        A key at a position below 0 is none; of the others, if `selected` (B, S) is given, a query sees the selected
+        and its own.
+        """
+        keys_at = keys_at[:, None, :]  # (B, 1, S)
+        visible = (keys_at >= 0) & (keys_at <= positions[:, :, None])  # (B, T, S)
         if self.config.window is not None:
             visible &= keys_at > positions[:, :, None] - self.config.window
         if selected is not None:
-            assert state.selected is not None
-            seen = torch.cat((state.selected[:, :used], selected), dim=1)[:, None, :]  # (B, 1, S + T)
-            visible &= seen | (keys_at == positions[:, :, None])
-        return F.scaled_dot_product_attention(
-            q,
-            torch.cat((state.k[:, :, :used].to(k.dtype), k), dim=2),
-            torch.cat((state.v[:, :, :used].to(v.dtype), v), dim=2),
-            attn_mask=visible[:, None],
-            enable_gqa=self.n_heads != self.n_kv_heads,
-        )
+            visible &= selected[:, None, :] | (keys_at == positions[:, :, None])
+        gqa = self.n_heads != self.n_kv_heads
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=gqa)
 
     def flops(self, seq_len: int) -> int:
         window = seq_len if self.config.window is None else min(self.config.window, seq_len)

@@ -37,8 +37,8 @@ class Identity(Mixer):
         return IdentityState(torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
 
     def extend(self, x: Tensor, state: IdentityState) -> tuple[Tensor, IdentityState]:
-        check_room(state.length, x.shape[1], state.max_len)
-        return x, IdentityState(state.length + x.shape[1], state.max_len)
+        check_room(state.longest, x.shape[1], state.max_len)
+        return x, state.advanced(x.shape[1])
 
     def flops(self, seq_len: int) -> int:
         return 0

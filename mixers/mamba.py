@@ -132,10 +132,10 @@ class Mamba(Mixer):
         )
 
     def extend(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        check_room(state.length, x.shape[1], state.max_len)
+        check_room(state.longest, x.shape[1], state.max_len)
         y, conv, ssm = self._mix(x, state.conv, state.ssm)
         conv, ssm = conv.to(state.conv.dtype), ssm.to(state.ssm.dtype)
-        return y, MambaState(state.length + x.shape[1], conv, ssm, state.max_len)
+        return y, state.advanced(x.shape[1], conv=conv, ssm=ssm)
 
     def flops(self, seq_len: int) -> int:
         # The scan and the depthwise convolution are element-wise work.

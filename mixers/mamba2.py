@@ -163,10 +163,10 @@ class Mamba2(Mixer):
         )
 
     def extend(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
-        check_room(state.length, x.shape[1], state.max_len)
+        check_room(state.longest, x.shape[1], state.max_len)
         y, conv, ssm = self._mix(x, state.conv, state.ssm)
         conv, ssm = conv.to(state.conv.dtype), ssm.to(state.ssm.dtype)
-        return y, Mamba2State(state.length + x.shape[1], conv, ssm, state.max_len)
+        return y, state.advanced(x.shape[1], conv=conv, ssm=ssm)
 
     def flops(self, seq_len: int) -> int:
         # The recurrence's two products with the state, whatever the backend adds to compute it by chunks.

@@ -6,7 +6,7 @@ Letters: B batch, T time, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,21 +17,28 @@ from torch import Tensor, nn
 class State:
     """What a mixer remembers of the positions it has seen: batch-first tensors and a length per row.
 
-    Subclasses add fields: tensors with the batch first, other States, or plain values such as `max_len`.
+    Subclasses add fields: tensors with the batch first, other States, or plain values such as `max_len`. `extend`
+    returns `state.advanced(T, field=...)`.
     A State is used up by `extend`, which may write into its tensors; `clone()` branches it.
     """
 
     length: Tensor  # (B,) int64, positions seen so far
+    longest: int = field(default=0, kw_only=True)
+    """The most of `length`, for the host: to read `length` would wait for the device."""
+
+    def advanced(self, new: int, **changes: Any) -> Self:
+        """The State after `new` more positions, with these fields changed."""
+        return replace(self, length=self.length + new, longest=self.longest + new, **changes)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, State):
                 value = value._map(function)
             elif isinstance(value, Tensor):
                 value = function(value)
-            values[field.name] = value
+            values[name] = value
         return type(self)(**values)
 
     def clone(self) -> Self:
@@ -42,29 +49,31 @@ class State:
     def cat(cls, states: Sequence[Self]) -> Self:
         """One State for the rows of several, in order; all must have the same `max_len`."""
         values: dict[str, Any] = {}
-        for field in fields(cls):
-            parts = [getattr(state, field.name) for state in states]
-            if isinstance(parts[0], State):
-                values[field.name] = type(parts[0]).cat(parts)
+        for name in (f.name for f in fields(cls)):
+            parts = [getattr(state, name) for state in states]
+            if name == "longest":
+                values[name] = max(parts)
+            elif isinstance(parts[0], State):
+                values[name] = type(parts[0]).cat(parts)
             elif isinstance(parts[0], Tensor):
-                values[field.name] = torch.cat(parts)
+                values[name] = torch.cat(parts)
             elif all(part == parts[0] for part in parts):
-                values[field.name] = parts[0]
+                values[name] = parts[0]
             else:
-                raise ValueError(f"states to concatenate differ in {field.name}: {parts}")
+                raise ValueError(f"states to concatenate differ in {name}: {parts}")
         return cls(**values)
 
     def nbytes(self) -> int:
         """Bytes of the tensors that hold the past (not of `length`), over all rows."""
-        values = [getattr(self, field.name) for field in fields(self) if field.name != "length"]
+        values = [getattr(self, f.name) for f in fields(self) if f.name != "length"]
         return sum(
             v.nbytes() if isinstance(v, State) else v.nbytes for v in values if isinstance(v, (State, Tensor))
         )
 
 
-def check_room(length: Tensor, new: int, max_len: int) -> None:
-    """Raises ValueError if `new` more positions do not fit behind the longest of `length` (B,)."""
-    if length.numel() and (longest := int(length.max())) + new > max_len:
+def check_room(longest: int, new: int, max_len: int) -> None:
+    """Raises ValueError if a State whose `longest` is this has no room for `new` more positions."""
+    if longest + new > max_len:
         raise ValueError(
             f"the state holds {longest} of at most {max_len} positions and cannot take {new} more; "
             f"call init_state with max_len of at least {longest + new}"

@@ -70,11 +70,10 @@ class Parallel(Mixer):
         )
 
     def extend(self, x: Tensor, state: ParallelState) -> tuple[Tensor, ParallelState]:
-        check_room(state.length, x.shape[1], state.max_len)
+        check_room(state.longest, x.shape[1], state.max_len)
         y_first, first = self.first.extend(x, state.first)
         y_second, second = self.second.extend(x, state.second)
-        after = ParallelState(state.length + x.shape[1], first, second, state.max_len)
-        return self._join(y_first, y_second), after
+        return self._join(y_first, y_second), state.advanced(x.shape[1], first=first, second=second)
 
     def flops(self, seq_len: int) -> int:
         return self.first.flops(seq_len) + self.second.flops(seq_len)

@@ -140,11 +140,11 @@ class SelectiveAttention(Mixer):
         )
 
     def extend(self, x: Tensor, state: SelectiveAttentionState) -> tuple[Tensor, SelectiveAttentionState]:
-        check_room(state.length, x.shape[1], state.max_len)
+        check_room(state.longest, x.shape[1], state.max_len)
         h, below = self.below.extend(x, state.below)
         attending, alpha = self._select(h, training=False)
         o, attention = self.attention.extend(h, state.attention, selected=attending > 0.5)
-        after = SelectiveAttentionState(state.length + x.shape[1], below, attention, state.max_len)
+        after = state.advanced(x.shape[1], below=below, attention=attention)
         return _refine(h, o, attending * alpha), after
 
     def flops(self, seq_len: int) -> int:

@@ -120,9 +120,9 @@ class Sessa(Attention):
         )
 
     def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        f, attended = super().extend(x, state)  # (B, T, D)
+        f, after = super().extend(x, state)  # (B, T, D)
         if not isinstance(state, SessaState):
-            return f, attended
+            return f, after
         q, k, gamma = self._route(x)
         f = self._heads(f)
         inputs, k_past, s_past = (q, k, f), state.k_fb, state.s
@@ -131,7 +131,7 @@ class Sessa(Attention):
             # Where their dtype is another, what is new takes it: less to cast than the caches.
             inputs = (q.to(k_past.dtype), k.to(k_past.dtype), f.to(s_past.dtype))
         else:
-            used = int(state.length.max())
+            used = state.longest
             k_past, s_past = k_past[:, :, :used].to(k.dtype), s_past[:, :, :used].to(f.dtype)
         s = feedback_attention(
             *inputs, gamma, past=(k_past, s_past), past_length=state.length, backend=self.sessa.backend
@@ -139,7 +139,7 @@ class Sessa(Attention):
         positions = state.length[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, T)
         write_slots(state.k_fb, k, positions)
         write_slots(state.s, s, positions)
-        return s.transpose(1, 2).flatten(2), SessaState(**vars(attended), k_fb=state.k_fb, s=state.s)
+        return s.transpose(1, 2).flatten(2), after
 
     def flops(self, seq_len: int) -> int:
         # The attention's count has every projection; the feedback adds logits and update, a causal half each.

@@ -2,4 +2,6 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; inherited by what tests start
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # read when torch is first imported; inherited by what tests start

@@ -74,3 +74,22 @@ def test_a_window_keeps_only_its_positions_and_counts_only_its_pairs():
     assert windowed.init_state(1, 1000).k.shape[2] == 8
     pairs = sum(min(i + 1, 8) for i in range(100))
     assert windowed.flops(100) == 2 * 100 * 4 * 64 * 64 + 4 * pairs * 64
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_new_position_attends_to_the_cache_in_place(window, monkeypatch):
+    given = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(q, k, v, **options):
+        given.append((k.data_ptr(), v.data_ptr()))
+        return attend(q, k, v, **options)
+
+    mixer = build_mixer({"name": "attention", "window": window}, 32)
+    state = mixer.init_state(2, 12)
+    with torch.no_grad():
+        _, state = mixer.extend(torch.randn(2, 5, 32), state)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+        for _ in range(3):
+            _, state = mixer.extend(torch.randn(2, 1, 32), state)
+    assert given == [(state.k.data_ptr(), state.v.data_ptr())] * 3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixers import build_mixer, mixer_names
 from mixers.identity import Identity, IdentityConfig
@@ -59,6 +60,23 @@ CASES = [
 @pytest.mark.parametrize(("options", "check"), CASES)
 def test_contract(options, check):
     check(lambda d_model: build_mixer(options, d_model))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decoding_does_not_wait_for_the_device(name):
+    """As it would to bring a tensor's number to the host, which `int(length.max())` does."""
+
+    class NoNumbers(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    mixer = build_mixer(VARIANTS[name], 16)
+    state = mixer.init_state(2, 12)
+    with torch.no_grad(), NoNumbers():
+        for new in (5, 1, 3, 1):
+            _, state = mixer.extend(torch.zeros(2, new, 16), state)
+    assert state.length.tolist() == [state.longest] * 2 == [10, 10]
 
 
 @pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v["name"] == "selective_attention"])
