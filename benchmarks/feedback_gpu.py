@@ -419,12 +419,18 @@ def print_training(bench: Bench) -> None:
             print(f"{T:>6} {mixer:>10} {parameters:>11,} {ms:>10.2f} {1e3 * N / ms:>10.3g} {peak:>10}")
 
 
+PARTS = {"operator": print_operator, "decoding": print_decoding, "training": print_training}
+
+
 def main() -> None:
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="+", help="T of the operator (default: 512 to 65536)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="time per row (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="run on the CPU, at sizes that say nothing")
     args = parser.parse_args()
@@ -443,9 +449,8 @@ def main() -> None:
     )
     print(f"{date.today()}\n{shlex.join(['python', 'benchmarks/feedback_gpu.py', *sys.argv[1:]])}")
     bench = Bench(device, sizes, args.seconds)
-    print_operator(bench)
-    print_decoding(bench)
-    print_training(bench)
+    for part in args.parts:
+        PARTS[part](bench)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,13 @@ def test_every_table_of_the_gpu_benchmark_is_printed(monkeypatch, capsys):
         assert not re.search("failed|out of memory|nan", table), table
 
 
+def test_parts_are_measured_alone(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    run(monkeypatch, "--smoke", "--parts", "decoding")
+    _, table = capsys.readouterr().out.split("\n\n")
+    assert table.startswith("decoding one position")
+
+
 def test_what_does_not_fit_is_a_row_that_says_so():
     module = runpy.run_path(str(SCRIPT))
 
