@@ -15,10 +15,11 @@ Backward, over panels of R columns from the last to the first, for all rows that
     transposed_solve    the panel's triangle, transposed: G = df; and dgamma_t = <G_t, a_t>, a = alpha s saved
     dlogits             alpha * (<gamma_t G_t, s_j> - <gamma_t G_t, a_t>), in place of alpha
     transposed_product  dk
-    dq_product          dq, added up over the panels in float32
+    dq                  dq, added up over the panels in float32
 
 Gains and softmax statistics multiply in float32; products take operands of the inputs' dtype and add up in float32.
-Each output element is added up by one program in a fixed order: results are deterministic.
+Each output element is added up by one program, or in shares by several where there are few elements (`splits`), in a
+fixed order: results are deterministic.
 
 A row t sees column c if first[t] <= c < L + t, and, with a past, c < length or c >= L. The past is padded to whole
 tiles (the padding lies in that gap), so that tiles of rows and of columns meet at the diagonal.
