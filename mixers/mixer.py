@@ -126,7 +126,8 @@ class Mixer(nn.Module):
         """(B, T, D) and the State before it -> (B, T, D) and the State after it.
 
         However a sequence is cut, the outputs put together equal those of `forward`. The State given is
-        used up. Raises ValueError past `max_len`.
+        used up, and its tensors may be written to: gradients are of the newest call alone. Raises ValueError
+        past `max_len`.
         """
         raise NotImplementedError
 

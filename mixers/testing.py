@@ -107,6 +107,7 @@ def check_extend_equals_forward(factory: Factory) -> None:
                 pieces.append(y)
             torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-10, atol=1e-10)
             assert state.length.tolist() == [T] * B
+            assert state.longest == T, "extend returns state.advanced(T, ...), which counts `longest` too"
 
 
 def check_ragged_rows(factory: Factory) -> None:
@@ -131,6 +132,7 @@ def check_ragged_rows(factory: Factory) -> None:
             alone = mixer(torch.cat((x[row, :length], new[row]))[None])
             torch.testing.assert_close(y[row : row + 1], alone[:, length:], rtol=1e-10, atol=1e-10)
         assert together.length.tolist() == [length + 4 for length in lengths]
+        assert together.longest == max(lengths) + 4
 
 
 def check_full_state_raises(factory: Factory) -> None:

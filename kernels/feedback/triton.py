@@ -56,10 +56,10 @@ SINGLE = Tiles(tile=64, step=16, product_step=16, block=32, slice=16, warps=8, s
 PANEL_BYTES = 256 * 2**20
 """Panels are made smaller, down to one tile of rows, where a panel's weights would take more than this."""
 PROGRAMS = 256
-"""Programs that keep a GPU busy: about two for each multiprocessor of an A100 or H100. A panel of one long sequence
-has fewer output tiles than that, and then programs share the sum of a tile."""
+"""Least programs that keep a GPU busy: about two for each multiprocessor of an A100 or H100. A panel of one long
+sequence has fewer output tiles than that, and then programs share the sum of a tile."""
 TILES_PER_SPLIT = 4
-"""Least tiles that a program of such a sum adds up."""
+"""Least tiles that a program adds up where the sum is shared."""
 
 
 def tiles_for(dtype: torch.dtype) -> Tiles:
@@ -131,14 +131,15 @@ def feedback_forward(
     weights = f.new_empty(N, R, n_tiles * tiles.tile)
     tops, sums = gamma.new_empty(N, n_tiles, R), gamma.new_empty(N, n_tiles, R)
     width = _width(P, tiles)
-    splits = _splits(N * triton.cdiv(P, width) * (R // tiles.tile), n_tiles)
-    means = gamma.new_empty(splits, N, R, P)
+    programs = N * triton.cdiv(P, width) * (R // tiles.tile)
+    means = gamma.new_empty(_splits(programs, n_tiles), N, R, P)
     precision = product_precision()
     tiling = {"R": R, "TILE": tiles.tile}
     with torch.cuda.device_of(q):
         for lo in range(0, T, R):
             rows = min(R, T - lo)
             row_tiles = triton.cdiv(rows, tiles.tile)
+            splits = _splits(programs, (L + lo) // tiles.tile) if L + lo else 0
             scores_kernel[(triton.cdiv(L + lo + rows, tiles.tile), row_tiles, N)](
                 q,
                 k,
@@ -179,7 +180,7 @@ def feedback_forward(
                 PRECISION=precision if f.dtype == torch.float32 else "tf32",
                 **_launch(tiles.solve_warps),
             )
-            if L + lo:
+            if splits:
                 product_kernel[(triton.cdiv(P, width), row_tiles, N * splits)](
                     weights,
                     tops,
@@ -219,7 +220,7 @@ def feedback_forward(
                 T,
                 L,
                 n_tiles,
-                splits if L + lo else 0,
+                splits,
                 H=H,
                 P=P,
                 **tiling,
@@ -274,10 +275,10 @@ def feedback_backward(
     rows_below = _round_up(T, tiles.tile)
     weights = s.new_empty(N, rows_below, R)
     value_width, key_width = _width(P, tiles), _width(K, tiles)
-    programs = N * min(triton.cdiv(P, value_width), triton.cdiv(K, key_width)) * (R // tiles.tile)
-    splits = _splits(programs, rows_below // tiles.tile)
-    parts = gamma.new_empty(splits * N * R * max(P, K))
-    rhs = parts[: splits * N * R * P].view(splits, N, R, P)
+    programs = N * max(triton.cdiv(P, value_width), triton.cdiv(K, key_width)) * (R // tiles.tile)
+    most_splits = _splits(programs, rows_below // tiles.tile)
+    parts = gamma.new_empty(most_splits * N * R * max(P, K))
+    rhs = parts[: most_splits * N * R * P].view(most_splits, N, R, P)
     precision = product_precision()
     tiling = {"R": R, "TILE": tiles.tile}
 
@@ -311,6 +312,7 @@ def feedback_backward(
 
     def transposed_sum(x, out, factor, lo, first_column, columns, diagonal):
         """out (B, H, S, W) = factor * weights^T x, for a panel's columns."""
+        splits = _splits(programs, (T - lo) // tiles.tile)
         if splits == 1:
             transposed_product(x, out, first_column, factor, 0, 1, lo, columns, diagonal)
             return
@@ -343,8 +345,8 @@ def feedback_backward(
             )
             span = (lo, first_column, columns, diagonal)
             if diagonal:
-                after = splits if lo + R < T else 0
-                if after:
+                splits = _splits(programs, (T - lo - R) // tiles.tile) if lo + R < T else 0
+                if splits:
                     transposed_product(scaled_g, rhs, 0, 1.0, R, splits, lo, columns, True)
                 transposed_solve_kernel[(n_slices, N)](
                     weights,
@@ -360,7 +362,7 @@ def feedback_backward(
                     lo,
                     T,
                     L,
-                    after,
+                    splits,
                     P=P,
                     **tiling,
                     M=tiles.block,
@@ -421,7 +423,7 @@ def _width(width: int, tiles: Tiles) -> int:
 
 def _splits(programs: int, tiles: int) -> int:
     """Among how many programs a sum over `tiles` is divided, where there are only `programs` sums."""
-    return max(1, min(PROGRAMS // programs, tiles // TILES_PER_SPLIT))
+    return max(1, min(triton.cdiv(PROGRAMS, programs), tiles // TILES_PER_SPLIT))
 
 
 def _inner_options(width: int, tiles: Tiles) -> dict[str, int]:
@@ -622,7 +624,7 @@ def inverse_kernel(
 
     gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
     factor = tl.exp(tl.load(tops + (n * n_tiles + own) * R + local) - shift) / tl.maximum(row_total, 1.0)
-    columns = L + lo + tl.program_id(0) * M + i
+    columns = tl.multiple_of(L + lo, M) + tl.program_id(0) * M + i
     own_rows = weights + n * R * n_tiles * TILE + local[:, None] * (n_tiles * TILE)  # (M, 1)
     w = tl.load(own_rows + columns[None, :]).to(tl.float32)
     w = w * (gain * factor)[:, None]
@@ -732,7 +734,8 @@ def solve_kernel(
     p = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     some = (p < P)[None, :]
     padded = (T + M - 1) // M * M
-    panel = weights + n * R * n_tiles * TILE + (L + lo)  # its own columns
+    # Said so, loads are of 16 bytes and run ahead: L is in whole tiles and lo in whole panels.
+    panel = weights + n * R * n_tiles * TILE + tl.multiple_of(L + lo, M)  # its own columns
     solution = s + (n * (L + T) + L + lo) * P  # its own rows
     for block in range(0, (tl.minimum(R, T - lo) + M - 1) // M):
         local = block * M + i

@@ -5,6 +5,7 @@ Letters: B batch, H heads, T new positions, L past positions, K key width, P val
 
 import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -90,12 +91,16 @@ def test_panels_shrink_where_many_sequences_would_make_them_large(launches):
     assert max(sizes) <= 256 * 2**20
 
 
-@pytest.mark.parametrize(("B", "T", "width"), [(8, 4096, 1024), (1, 65536, 1024), (2, 16384, 512)])
+@pytest.mark.parametrize(
+    ("B", "T", "width"), [(8, 4096, 1024), (5, 4096, 1024), (1, 65536, 1024), (2, 16384, 512)]
+)
 def test_programs_keep_a_gpu_busy_however_few_and_long_the_sequences(B, T, width, launches):
     forward_and_backward(T, width, B=B)
     for name in ("product_kernel", "transposed_product_kernel"):
         programs = [math.prod(launch.grid) for launch in launches if launch.name == name]
-        assert 256 <= min(programs) <= max(programs) <= 512
+        assert max(programs) < 512
+        # Beside where the sums are short: at the beginning forward, at the end backward.
+        assert statistics.median(programs) >= 256
 
 
 def test_a_new_length_compiles_nothing(launches):
@@ -143,6 +148,8 @@ def test_compiles_ahead_of_time_without_spills(
         limit = {80: 163, 90: 227}[architecture] * 1024
         assert binary.shared <= limit, f"{binary.shared} bytes of shared memory: {launch.compiled_in()}"
         matrix_units |= "wgmma" in binary.ptx
+        if width % 16 == 0 and dtype != torch.float32:
+            assert "ld.global.b16" not in binary.ptx, f"loads of single numbers: {launch.compiled_in()}"
     assert len({launch.name for launch in launches}) == 9
     if architecture == 90 and dtype != torch.float32:
         assert matrix_units
