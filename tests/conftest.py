@@ -2,6 +2,5 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # read when torch is first imported; inherited by what tests start
+# Read when torch is first imported, and inherited by what tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -65,7 +65,6 @@ def test_contract(options, check):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_decoding_brings_no_number_to_the_host(name):
     """As `int(length.max())` does, for which the host would wait for the device."""
-
     aten = torch.ops.aten
 
     class NoNumbers(TorchDispatchMode):
