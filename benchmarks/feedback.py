@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from kernels.feedback import feedback_attention
+from mixerlab.kernels.feedback import feedback_attention
 
 BACKENDS = ("reference", "chunked")
 

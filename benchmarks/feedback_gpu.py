@@ -42,13 +42,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from mixerlab.lm.config import OptimConfig
+from mixerlab.lm.decoder import Decoder
+from mixerlab.lm.optim import build_optimizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.feedback import feedback_attention
-from lm.config import OptimConfig
-from lm.decoder import Decoder
-from lm.optim import build_optimizer
+from mixerlab.kernels.feedback import feedback_attention
 
 PASSES = {"forward": 2, "backward": 5, "forward + backward": 7}
 """What is measured, and its FLOPs in units of T^2 D per sequence."""

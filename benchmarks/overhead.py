@@ -16,17 +16,17 @@ from collections.abc import Sequence
 from unittest import mock
 
 import torch
+from mixerlab.lm.batches import Loaders
+from mixerlab.lm.config import Recipe, load_recipe
+from mixerlab.lm.module import LanguageModel
+from mixerlab.lm.optim import build_optimizer, lr_factor
+from mixerlab.lm.processes import World
 from rich.console import Console
 from torch import nn
 
-from lm.batches import Loaders
-from lm.config import Recipe, load_recipe
-from lm.module import LanguageModel
-from lm.optim import build_optimizer, lr_factor
-from lm.parallel import keep_freed_memory
-from lm.processes import World
-from lm.run import make_data
-from lm.training import accelerator, make_decoder, train
+from mixerlab.lm.parallel import keep_freed_memory
+from mixerlab.lm.run import make_data
+from mixerlab.lm.training import accelerator, make_decoder, train
 
 WARM_UP = 10
 

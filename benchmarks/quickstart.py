@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from mixerlab.lm.config import Recipe, load_recipe
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data import Rows
-from lm.config import Recipe, load_recipe
-from lm.run import make_data
-from lm.training import train
+from mixerlab.data import Rows
+from mixerlab.lm.run import make_data
+from mixerlab.lm.training import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 

@@ -25,10 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixerlab.lm.checkpoint import find_damage, list_checkpoints, read_meta
 from rich.console import Console
 from rich.progress import Progress
-
-from lm.checkpoint import find_damage, list_checkpoints, read_meta
 
 ROOT = Path(__file__).parent.parent
 STEPS, VAL_EVERY, CHECKPOINT_EVERY = 60, 7, 5
@@ -55,8 +54,8 @@ KINDS = ("step", "validation", "checkpoint")
 FAULT = """
 import json, os, pathlib, shutil, signal, threading, time, zlib
 import torch
-import data.cache, lm.checkpoint
-from lm.module import LanguageModel
+import mixerlab.data.cache, lm.checkpoint
+from mixerlab.lm.module import LanguageModel
 
 fault = json.loads(os.environ.get("FAULT", "{}"))
 rank = int(os.environ.get("RANK", 0))

@@ -22,9 +22,9 @@ from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.utils import logging
 
-from kernels.ssd import ssd
-from lm.parallel import keep_freed_memory
-from mixers import build_mixer
+from mixerlab.kernels.ssd import ssd
+from mixerlab.lm.parallel import keep_freed_memory
+from mixerlab.mixers import build_mixer
 
 Run = Callable[[], tuple[float, float]]
 """Runs once; returns the seconds of the forward pass, and of forward and backward together."""

@@ -1,19 +1,19 @@
 """Data modules: what a decoder is trained and validated on, looked up by name."""
 
-from data import text  # noqa: F401  (importing registers it)
-from data.module import DataError, DataModule, Rows
-from data.registry import DATA_MODULES, build_data, data_config, data_names, register_data
-from data.tokenizers import TextTokenizer, load_tokenizer
+from mixerlab.data import text  # noqa: F401  (importing registers it)
+from mixerlab.data.module import DataError, DataModule, Rows
+from mixerlab.data.registry import DATA, build_data, register_data
+from mixerlab.data.tokenizers import TextTokenizer, load_tokenizer
+from mixerlab.options import option
 
 __all__ = [
-    "DATA_MODULES",
+    "DATA",
     "DataError",
     "DataModule",
     "Rows",
     "TextTokenizer",
     "build_data",
-    "data_config",
-    "data_names",
     "load_tokenizer",
+    "option",
     "register_data",
 ]

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mixerlab.options import UserError
+
 if TYPE_CHECKING:
-    from data.tokenizers import TextTokenizer
+    from mixerlab.data.tokenizers import TextTokenizer
 
 IGNORE = -100
 """The label of a position that carries no loss."""
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Data that cannot be used. The message is for the user: the key, its value and what would be right."""
 
 
@@ -32,7 +34,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Row `index`: input_ids, labels and perhaps segment_ids, (T,) each."""
+        """Row `index`: input_ids, labels and perhaps segment_ids, (T,) each. IndexError unless 0 <= index < len."""
 
 
 class DataModule(ABC):
@@ -45,7 +47,9 @@ class DataModule(ABC):
         labels       (T,)  what position t must predict, already shifted; -100 where there is no loss
         segment_ids  (T,)  only where a row packs several documents: non-decreasing from 0
 
-    `prepare` runs in one process, then `setup` in every process, and then the datasets are asked for.
+    `prepare` runs in one process of each machine, then `setup` in every process, and then the datasets are asked
+    for. A module that gives segment_ids has an option `pack`: a recipe whose mixers cannot keep documents apart is
+    refused before there are data.
     """
 
     seq_len: int
@@ -74,11 +78,8 @@ class DataModule(ABC):
         """Changes when the rows do: a resumed run compares it. Known after `prepare`; "" where rows cannot change."""
         return ""
 
-    def prepare(self, run_dir: Path | None = None) -> None:  # noqa: B027  (many modules need none)
-        """Downloads, trains the tokenizer and fills the cache, in the main process only; does nothing twice.
-
-        With `run_dir`, the tokenizer is saved there too. Raises DataError.
-        """
+    def prepare(self) -> None:  # noqa: B027  (many modules need none)
+        """Downloads, trains the tokenizer and fills the cache, and does nothing twice. Raises DataError."""
 
     def setup(self) -> None:  # noqa: B027
         """Opens, in any process, what `prepare` wrote."""
@@ -89,7 +90,7 @@ class DataModule(ABC):
 
     @abstractmethod
     def val_datasets(self) -> dict[str, Rows]:
-        """Map-style datasets to validate on, by name; the main one is "valid"."""
+        """Map-style datasets to validate on, by name: first the main one, "valid". Metrics are named after them."""
 
     def save_tokenizer(self, folder: Path) -> None:
         """Writes the tokenizer, if there is one, so that `load_tokenizer(folder)` needs nothing else."""

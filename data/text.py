@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -25,11 +25,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from data.cache import damage, ensure_folder
-from data.module import IGNORE, DataError, DataModule, Rows
-from data.registry import register_data
-from data.sources import TABLE_SUFFIXES, TEXT_SUFFIXES, Document, FilesSource, HubSource, Source, StdlibSource
-from data.tokenizers import ByteTokenizer, TextTokenizer, load_tokenizer, read_tokenizer, train_bpe
+from mixerlab.data.cache import ensure_folder
+from mixerlab.data.module import IGNORE, DataError, DataModule, Rows
+from mixerlab.data.registry import register_data
+from mixerlab.data.sources import (
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    Document,
+    FilesSource,
+    HubSource,
+    Source,
+    StdlibSource,
+)
+from mixerlab.data.tokenizers import ByteTokenizer, TextTokenizer, load_tokenizer, read_tokenizer, train_bpe
+from mixerlab.options import option
+from mixerlab.sealed import damage
 
 FORMAT = 1
 """Of the cache: raise it when the same settings and documents would give other files."""
@@ -45,95 +55,63 @@ PIECE = 1 << 16
 class TextConfig:
     """Text as a stream of tokens."""
 
-    name: str = field(default="text", metadata={"help": "the data module"})
-    source: Literal["python_stdlib", "files", "hf"] = field(
-        default="python_stdlib",
-        metadata={
-            "help": "where documents come from: python_stdlib (the interpreter's own modules, no download), "
-            "files (data.files), or hf (data.dataset from the Hugging Face hub)"
-        },
+    source: Literal["python_stdlib", "files", "hf"] = option(
+        "python_stdlib",
+        "where documents come from: python_stdlib (the interpreter's own modules, no download), "
+        "files (data.files), or hf (data.dataset from the Hugging Face hub)",
     )
-    files: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "paths or globs; each .txt, .md or .py file is a document, as is each row of a .jsonl or "
-            ".parquet file"
-        },
+    files: list[str] = option(
+        [],
+        "paths or globs; each .txt, .md or .py file is a document, as is each row of a .jsonl or .parquet file",
     )
-    valid_files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "paths or globs of the validation documents; empty: a valid_fraction of files"},
+    valid_files: list[str] = option(
+        [], "paths or globs of the validation documents; empty: a valid_fraction of files"
     )
-    dataset: str | None = field(default=None, metadata={"help": "the Hugging Face dataset, as owner/name"})
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "the configuration of the dataset; null: its default"}
+    dataset: str | None = option(None, "the Hugging Face dataset, as owner/name")
+    dataset_config: str | None = option(None, "the configuration of the dataset; null: its default")
+    split: str = option("train", "the split of the dataset to train on")
+    valid_split: str | None = option(
+        None, "the split of the dataset to validate on; null: a valid_fraction of split"
     )
-    split: str = field(default="train", metadata={"help": "the split of the dataset to train on"})
-    valid_split: str | None = field(
-        default=None,
-        metadata={"help": "the split of the dataset to validate on; null: a valid_fraction of split"},
+    column: str | None = option(None, "the column that holds the text, in .jsonl, .parquet and hf datasets")
+    max_documents: int | None = option(
+        None, "use only so many documents, the first of the source; null: all", min=1
     )
-    column: str | None = field(
-        default=None, metadata={"help": "the column that holds the text, in .jsonl, .parquet and hf datasets"}
+    valid_fraction: float = option(
+        0.05,
+        "the part of the documents, chosen by hash, that is validated on where there are no "
+        "validation documents; of a single document, its end",
+        above=0,
+        below=1,
     )
-    max_documents: int | None = field(
-        default=None,
-        metadata={"help": "use only so many documents, the first of the source; null: all", "min": 1},
+    tokenizer: Literal["bytes", "bpe", "file"] = option(
+        "bpe",
+        "bytes (UTF-8 bytes), bpe (byte-level BPE trained on the training documents), "
+        "or file (data.tokenizer_file)",
     )
-    valid_fraction: float = field(
-        default=0.05,
-        metadata={
-            "help": "the part of the documents, chosen by hash, that is validated on where there are no "
-            "validation documents; of a single document, its end",
-            "above": 0,
-            "below": 1,
-        },
+    vocab_size: int = option(
+        4096, "tokens of the trained BPE: 256 bytes, the end of a document, and merges", min=1
     )
-    tokenizer: Literal["bytes", "bpe", "file"] = field(
-        default="bpe",
-        metadata={
-            "help": "bytes (UTF-8 bytes), bpe (byte-level BPE trained on the training documents), "
-            "or file (data.tokenizer_file)"
-        },
+    bpe_documents: int | None = option(
+        100_000, "train the BPE on so many documents, the first ones; null: on all", min=1
     )
-    vocab_size: int = field(
-        default=4096,
-        metadata={
-            "help": "tokens of the trained BPE: 256 bytes, the end of a document, and merges",
-            "min": 1,
-        },
+    tokenizer_file: str | None = option(None, "a tokenizer.json of the tokenizers library")
+    eod_token: str | None = option(
+        None,
+        "the token of tokenizer_file that ends a document; null: the first it has of "
+        "<|endoftext|>, </s>, <eos>, [SEP]",
     )
-    bpe_documents: int | None = field(
-        default=100_000,
-        metadata={"help": "train the BPE on so many documents, the first ones; null: on all", "min": 1},
+    seq_len: int = option(1024, "T, the input positions of a row", min=1)
+    pack: bool = option(
+        True,
+        "mark the documents that share a row as segments, so that nothing flows between them; "
+        "false: they see each other",
     )
-    tokenizer_file: str | None = field(
-        default=None, metadata={"help": "a tokenizer.json of the tokenizers library"}
-    )
-    eod_token: str | None = field(
-        default=None,
-        metadata={
-            "help": "the token of tokenizer_file that ends a document; null: the first it has of "
-            "<|endoftext|>, </s>, <eos>, [SEP]"
-        },
-    )
-    seq_len: int = field(default=1024, metadata={"help": "T, the input positions of a row", "min": 1})
-    pack: bool = field(
-        default=True,
-        metadata={
-            "help": "mark the documents that share a row as segments, so that nothing flows between them; "
-            "false: they see each other"
-        },
-    )
-    cache_dir: str = field(
-        default="~/.cache/mixerlab", metadata={"help": "the folder that holds tokenised text"}
-    )
-    num_proc: int = field(
-        default=1, metadata={"help": "processes that download and convert a Hugging Face dataset", "min": 1}
-    )
+    cache_dir: str = option("~/.cache/mixerlab", "the folder that holds tokenised text")
+    num_proc: int = option(1, "processes that download and convert a Hugging Face dataset", min=1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """(field, what would be right) where something does not fit. No file is opened."""
+        """(option, what would be right) where something does not fit. No file is opened."""
         for name, source in {"files": "files", "valid_files": "files", "dataset": "hf"}.items():
             if getattr(self, name) and self.source != source:
                 yield name, f"only read with source = {source}, but source = {self.source}"
@@ -214,13 +192,11 @@ class TextData(DataModule):
             self._use(self._tokenizer_from_file())
         return self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
-    def prepare(self, run_dir: Path | None = None) -> None:
+    def prepare(self) -> None:
         with Console(stderr=True).status("looking for the documents"):
             self._folder = self._cache_folder()
         ensure_folder(self._folder, self._fill)
         self.setup()
-        if run_dir is not None:
-            self.save_tokenizer(run_dir)
 
     def setup(self) -> None:
         folder = self._folder or self._cache_folder()

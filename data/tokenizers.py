@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from data.module import DataError
+from mixerlab.data.module import DataError
+from mixerlab.sealed import write_file
 
 # Without this, the library warns when a process that has tokenised in parallel forks, as a DataLoader does.
 # The workers do not tokenise.
@@ -22,6 +23,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
 """What marks the end of a document in published tokenizers, in order of preference."""
+
+CONFIG = "tokenizer_config.json"
+"""Says which kind of tokenizer a folder holds. Written last: with it, the folder has all that loading needs."""
 
 
 class TextTokenizer(ABC):
@@ -75,7 +79,7 @@ class ByteTokenizer(TextTokenizer):
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
     def save(self, folder: Path) -> None:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"type": "bytes"}) + "\n")
+        write_file(folder / CONFIG, json.dumps({"type": "bytes"}) + "\n")
 
 
 class JsonTokenizer(TextTokenizer):
@@ -101,14 +105,13 @@ class JsonTokenizer(TextTokenizer):
         return self.tokenizer.decode([i for i in ids if i != self.eod_id])
 
     def save(self, folder: Path) -> None:
-        self.tokenizer.save(str(folder / "tokenizer.json"))
-        config = {"type": "json", "eod_token": self.eod_token}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+        write_file(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        write_file(folder / CONFIG, json.dumps({"type": "json", "eod_token": self.eod_token}) + "\n")
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer | None:
     """The tokenizer that `save` left in a folder, such as a run's; None if there is none."""
-    path = Path(folder) / "tokenizer_config.json"
+    path = Path(folder) / CONFIG
     if not path.exists():
         return None
     config = json.loads(path.read_text())

@@ -1,6 +1,6 @@
 """Token mixers: modules that map (B, T, D) to (B, T, D) causally, looked up by name."""
 
-from mixers import (  # noqa: F401  (importing registers them)
+from mixerlab.mixers import (  # noqa: F401  (importing registers them)
     attention,
     identity,
     mamba,
@@ -9,24 +9,18 @@ from mixers import (  # noqa: F401  (importing registers them)
     selective_attention,
     sessa,
 )
-from mixers.mixer import Mixer, State, check_room
-from mixers.registry import (
-    build_mixer,
-    mixer_class,
-    mixer_config,
-    mixer_names,
-    register_mixer,
-    registered_names,
-)
+from mixerlab.mixers.mixer import Mixer, State, check_room
+from mixerlab.mixers.registry import MIXERS, build_mixer, choose_mixers, register_mixer, without_segments
+from mixerlab.options import option
 
 __all__ = [
+    "MIXERS",
     "Mixer",
     "State",
     "build_mixer",
     "check_room",
-    "mixer_class",
-    "mixer_config",
-    "mixer_names",
+    "choose_mixers",
+    "option",
     "register_mixer",
-    "registered_names",
+    "without_segments",
 ]

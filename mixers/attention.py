@@ -1,13 +1,13 @@
 """Causal softmax attention: grouped KV heads, rotary positions, an optional sliding window and QK norm.
 
 Letters: B batch, T time (new positions), S cached slots, D model width, H query heads, G key-value heads,
-K head width. Head-first tensors are (B, H, T, K).
+K head dim. Head-first tensors are (B, H, T, K).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mixers.mixer import Mixer, State, check_room
-from mixers.registry import register_mixer
+from mixerlab.mixers.mixer import Mixer, State, check_room
+from mixerlab.mixers.registry import register_mixer
+from mixerlab.options import option
 
 
 def default_n_heads(d_model: int) -> int:
@@ -46,23 +47,19 @@ def head_problems(
 
 @dataclass
 class AttentionConfig:
-    n_heads: int | None = field(
-        default=None, metadata={"help": "query heads; null: as many as makes heads 64 wide", "min": 1}
+    n_heads: int | None = option(
+        None, "query heads; null: as many as make heads 64 wide, or the next wider that fit", min=1
     )
-    n_kv_heads: int | None = field(
-        default=None,
-        metadata={"help": "key and value heads, shared by groups of query heads; null: n_heads", "min": 1},
+    n_kv_heads: int | None = option(
+        None, "key and value heads, shared by groups of query heads; null: n_heads", min=1
     )
-    rope: bool = field(default=True, metadata={"help": "rotate queries and keys by position (RoPE)"})
-    rope_base: float = field(
-        default=10000.0, metadata={"help": "base of the rotation's wavelengths", "above": 1}
+    rope: bool = option(True, "rotate queries and keys by position (RoPE)")
+    rope_theta: float = option(10000.0, "base of the rotation's wavelengths", above=1)
+    window: int | None = option(
+        None, "positions each query sees, itself included; null: the whole past", min=1
     )
-    window: int | None = field(
-        default=None,
-        metadata={"help": "positions each query sees, itself included; null: the whole past", "min": 1},
-    )
-    qk_norm: bool = field(default=False, metadata={"help": "RMS-normalise queries and keys per head"})
-    bias: bool = field(default=False, metadata={"help": "biases on the query, key and value projections"})
+    qk_norm: bool = option(False, "RMS-normalise queries and keys per head")
+    bias: bool = option(False, "biases on the query, key and value projections")
 
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
         yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope)
@@ -76,16 +73,16 @@ class AttentionState(State):
     max_len: int
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary position embedding on interleaved pairs (Su et al., arXiv 2104.09864, eq. 34).
 
     x (B, H, T, K) with K even; positions (B or 1, T) int64 -> (B, H, T, K) in x's dtype.
     """
-    width = x.shape[-1]
+    head_dim = x.shape[-1]
     # float32 whatever the model's dtype: the published layer has float32 frequencies, and bf16 positions
     # would collide from 257 on.
-    exponents = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width  # (K/2,)
-    angles = positions[:, None, :, None].float() / base**exponents  # (B, 1, T, K/2)
+    exponents = torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim  # (K/2,)
+    angles = positions[:, None, :, None].float() / theta**exponents  # (B, 1, T, K/2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]  # (B, H, T, K/2) each
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)  # (B, H, T, K)
@@ -228,26 +225,26 @@ class Attention(Mixer):
         self.d_model = d_model
         self.n_heads = default_n_heads(d_model) if config.n_heads is None else config.n_heads
         self.n_kv_heads = self.n_heads if config.n_kv_heads is None else config.n_kv_heads
-        self.head_width = d_model // self.n_heads
-        kv_width = self.n_kv_heads * self.head_width
+        self.head_dim = d_model // self.n_heads
+        kv_dim = self.n_kv_heads * self.head_dim
         self.q_proj = nn.Linear(d_model, d_model, bias=config.bias)
-        self.k_proj = nn.Linear(d_model, kv_width, bias=config.bias)
-        self.v_proj = nn.Linear(d_model, kv_width, bias=config.bias)
+        self.k_proj = nn.Linear(d_model, kv_dim, bias=config.bias)
+        self.v_proj = nn.Linear(d_model, kv_dim, bias=config.bias)
         self.out_proj: nn.Module = nn.Linear(d_model, d_model, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6)
-            self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6)
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), positions (B or 1, T) -> q (B, H, T, K) and k, v (B, G, T, K)."""
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H or G, T, K)
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or G, T, K)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.qk_norm:
             q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
         if self.config.rope:
-            q, k = (rotate(y, positions, self.config.rope_base) for y in (q, k))
+            q, k = (rotate(y, positions, self.config.rope_theta) for y in (q, k))
         return q.to(v.dtype), k.to(v.dtype), v
 
     def _merge(self, y: Tensor) -> Tensor:
@@ -267,7 +264,7 @@ class Attention(Mixer):
         return max_len if self.config.window is None else min(self.config.window, max_len)
 
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> AttentionState:
-        shape = (batch_size, self.n_kv_heads, self._slots(max_len), self.head_width)
+        shape = (batch_size, self.n_kv_heads, self._slots(max_len), self.head_dim)
         return AttentionState(
             length=torch.zeros(batch_size, dtype=torch.int64, device=device),
             k=torch.zeros(shape, device=device, dtype=dtype),
@@ -333,4 +330,4 @@ class Attention(Mixer):
         return 2 * seq_len * linear + 2 * 2 * pairs * self.d_model
 
     def state_bytes(self, seq_len: int, dtype: torch.dtype) -> int:
-        return 2 * self.n_kv_heads * self._slots(seq_len) * self.head_width * dtype.itemsize
+        return 2 * self.n_kv_heads * self._slots(seq_len) * self.head_dim * dtype.itemsize

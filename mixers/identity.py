@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixers.mixer import Mixer, State, check_room
-from mixers.registry import register_mixer
+from mixerlab.mixers.mixer import Mixer, State, check_room
+from mixerlab.mixers.registry import register_mixer
 
 
 @dataclass

@@ -7,34 +7,32 @@ projection, W kernel width of the convolution.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.selective_scan import selective_scan
-from mixers.convolution import causal_conv
-from mixers.mixer import Mixer, State, check_room
-from mixers.registry import register_mixer
+from mixerlab.kernels.selective_scan import selective_scan
+from mixerlab.mixers.convolution import causal_conv
+from mixerlab.mixers.mixer import Mixer, State, check_room
+from mixerlab.mixers.registry import register_mixer
+from mixerlab.options import option
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 
 
 @dataclass
 class MambaConfig:
-    d_state: int = field(default=16, metadata={"help": "state size per channel", "min": 1})
-    expand: int = field(default=2, metadata={"help": "inner width as a multiple of the model's", "min": 1})
-    d_conv: int = field(default=4, metadata={"help": "positions that the convolution sees", "min": 1})
-    dt_rank: int | None = field(
-        default=None,
-        metadata={"help": "rank of the step projection; null: d_model / 16 rounded up", "min": 1},
-    )
-    conv_bias: bool = field(default=True, metadata={"help": "bias on the convolution"})
-    bias: bool = field(default=False, metadata={"help": "biases on the input and output projections"})
-    backend: Literal["auto", "triton", "chunked", "reference"] = field(
-        default="auto", metadata={"help": "implementation of the selective scan"}
+    d_state: int = option(16, "state size per channel", min=1)
+    expand: int = option(2, "inner width as a multiple of the model's", min=1)
+    d_conv: int = option(4, "positions that the convolution sees", min=1)
+    dt_rank: int | None = option(None, "rank of the step projection; null: d_model / 16 rounded up", min=1)
+    conv_bias: bool = option(True, "bias on the convolution")
+    bias: bool = option(False, "biases on the input and output projections")
+    backend: Literal["auto", "triton", "chunked", "reference"] = option(
+        "auto", "implementation of the selective scan"
     )
 
 
@@ -54,6 +52,7 @@ class Mamba(Mixer):
 
     supports_segments = True
     no_decay = ("A_log", "D")  # dt_proj.bias is spared as every bias is
+    keep_float32 = ("A_log", "D")
     output_projection = "out_proj"
 
     def __init__(self, config: MambaConfig, d_model: int, layer_index: int = 0, n_layers: int = 1):

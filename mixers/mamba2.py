@@ -1,6 +1,6 @@
 """Mamba-2: a gated state-space model whose decay is one number per head (Dao & Gu, arXiv 2405.21060).
 
-Letters: B batch, T time, D model width, E inner width (expand * D), H heads, P = E / H their width, G groups of heads
+Letters: B batch, T time, D model width, E inner width (expand * D), H heads, P = E / H the head dim, G groups of heads
 that share B and C, N state size, W kernel width of the convolution, X = E + 2 G N its channels.
 """
 
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.ssd import ssd
-from mixers.convolution import causal_conv
-from mixers.mixer import Mixer, State, check_room
-from mixers.registry import register_mixer
+from mixerlab.kernels.ssd import ssd
+from mixerlab.mixers.convolution import causal_conv
+from mixerlab.mixers.mixer import Mixer, State, check_room
+from mixerlab.mixers.registry import register_mixer
+from mixerlab.options import option
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 A_MIN, A_MAX = 1.0, 16.0
@@ -26,34 +27,31 @@ A_MIN, A_MAX = 1.0, 16.0
 
 @dataclass
 class Mamba2Config:
-    expand: int = field(default=2, metadata={"help": "inner width as a multiple of the model's", "min": 1})
-    d_state: int = field(default=128, metadata={"help": "state size per channel", "min": 1})
-    head_width: int | None = field(
-        default=None,
-        metadata={"help": "width of a head; null: the largest power of 2 up to 64 that fits", "min": 1},
+    expand: int = option(2, "inner width as a multiple of the model's", min=1)
+    d_state: int = option(128, "state size per channel", min=1)
+    head_dim: int | None = option(
+        None, "width of a head; null: the largest power of 2 up to 64 that fits", min=1
     )
-    n_groups: int = field(default=1, metadata={"help": "groups of heads that share B and C", "min": 1})
-    d_conv: int = field(default=4, metadata={"help": "positions that the convolution sees", "min": 1})
-    dt_limit: tuple[float, float] = field(
-        default=(0.0, math.inf), metadata={"help": "bounds that steps are clamped to"}
-    )
-    norm_eps: float = field(default=1e-5, metadata={"help": "epsilon of the gated norm", "above": 0})
-    conv_bias: bool = field(default=True, metadata={"help": "bias on the convolution"})
-    bias: bool = field(default=False, metadata={"help": "biases on the input and output projections"})
-    backend: Literal["auto", "mamba_ssm", "chunked", "reference"] = field(
-        default="auto", metadata={"help": "implementation of the SSD operator"}
+    n_groups: int = option(1, "groups of heads that share B and C", min=1)
+    d_conv: int = option(4, "positions that the convolution sees", min=1)
+    dt_limit: tuple[float, float] = option((0.0, math.inf), "bounds that steps are clamped to")
+    norm_eps: float = option(1e-5, "epsilon of the gated norm", above=0)
+    conv_bias: bool = option(True, "bias on the convolution")
+    bias: bool = option(False, "biases on the input and output projections")
+    backend: Literal["auto", "mamba_ssm", "chunked", "reference"] = option(
+        "auto", "implementation of the SSD operator"
     )
 
-    def width(self, d_model: int) -> int:
+    def head_dim_in(self, d_model: int) -> int:
         """The width of a head in a model of width `d_model`."""
-        return self.head_width or math.gcd(self.expand * d_model, 64)
+        return self.head_dim or math.gcd(self.expand * d_model, 64)
 
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
-        inner, width = self.expand * d_model, self.width(d_model)
-        if inner % width:
-            yield "head_width", f"it must divide expand * model.d_model = {inner}"
-        elif (inner // width) % self.n_groups:
-            yield "n_groups", f"it must divide the number of heads, {inner} / {width} = {inner // width}"
+        inner, head_dim = self.expand * d_model, self.head_dim_in(d_model)
+        if inner % head_dim:
+            yield "head_dim", f"it must divide expand * model.d_model = {inner}"
+        elif (heads := inner // head_dim) % self.n_groups:
+            yield "n_groups", f"it must divide the number of heads, {inner} / {head_dim} = {heads}"
         if not 0 <= self.dt_limit[0] < self.dt_limit[1]:
             yield "dt_limit", "it must be two numbers, 0 <= the first < the second"
 
@@ -89,14 +87,15 @@ class Mamba2(Mixer):
 
     supports_segments = True
     no_decay = ("dt_bias", "A_log", "D")
+    keep_float32 = ("dt_bias", "A_log", "D")
     output_projection = "out_proj"
 
     def __init__(self, config: Mamba2Config, d_model: int, layer_index: int = 0, n_layers: int = 1):
         super().__init__()
         self.config = config
         self.inner = config.expand * d_model
-        self.head_width = config.width(d_model)
-        self.n_heads = self.inner // self.head_width
+        self.head_dim = config.head_dim_in(d_model)
+        self.n_heads = self.inner // self.head_dim
         self.channels = self.inner + 2 * config.n_groups * config.d_state
         self.in_proj = nn.Linear(d_model, self.inner + self.channels + self.n_heads, bias=config.bias)
         self.conv1d = nn.Conv1d(
@@ -153,7 +152,7 @@ class Mamba2(Mixer):
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> Mamba2State:
         dtype = torch.get_default_dtype() if dtype is None else dtype
         conv = (batch_size, self.config.d_conv - 1, self.channels)
-        ssm = (batch_size, self.n_heads, self.head_width, self.config.d_state)
+        ssm = (batch_size, self.n_heads, self.head_dim, self.config.d_state)
         return Mamba2State(
             length=torch.zeros(batch_size, dtype=torch.int64, device=device),
             conv=torch.zeros(conv, device=device, dtype=dtype),

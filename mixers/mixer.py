@@ -92,12 +92,20 @@ class Mixer(nn.Module):
     says of its class whether it could, and sets it on the instance once it knows them."""
 
     no_decay: ClassVar[tuple[str, ...]] = ()
-    """Own parameters that weight decay must spare and low precision must not touch: gains, decays, steps.
-    Biases and norms are spared without being named."""
+    """Own parameters that weight decay must spare: gains, decays, steps. Biases and norms are spared without
+    being named."""
+
+    keep_float32: ClassVar[tuple[str, ...]] = ()
+    """Own parameters that stay in float32 where the others are bf16, which is too coarse for them: gains, decays,
+    steps. Biases and norms stay float32 without being named."""
+
+    micro_batches: int = 1
+    """Forward passes whose gradients are summed to one optimiser step; set by the training side on every mixer. A
+    mixer that adds the gradient of a penalty in its backward pass divides it by this."""
 
     surrogate: ClassVar[tuple[str, ...]] = ()
     """Own parameters (dotted names reach into submodules) whose gradient in evaluation mode is on purpose not
-    the output's derivative, such as straight-through estimates: `mixers.testing` does not compare them with
+    the output's derivative, such as straight-through estimates: `mixerlab.mixers.testing` does not compare them with
     finite differences."""
 
     output_projection: str | None = None

@@ -6,21 +6,21 @@ Letters: B batch, T time, D model width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixers.mixer import Mixer, State, check_room
-from mixers.registry import build_mixer, register_mixer
+from mixerlab.mixers.mixer import Mixer, State, check_room
+from mixerlab.mixers.registry import MIXERS, build_mixer, register_mixer
+from mixerlab.options import option
 
 
 @dataclass
 class ParallelConfig:
-    mixers: list[Any] = field(
-        default_factory=lambda: ["attention", "mamba2"],
-        metadata={"help": "two mixers, each a name or a mapping with `name` and options", "mixers": True},
+    mixers: list[Any] = option(
+        ["attention", "mamba2"], "two mixers, each a name or a mapping with `name` and options", mixers=True
     )
 
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
@@ -46,7 +46,7 @@ class Parallel(Mixer):
         self.first, self.second = (build_mixer(m, d_model, layer_index, n_layers) for m in config.mixers)
         self.first_norm = nn.RMSNorm(d_model, eps=1e-5)
         self.second_norm = nn.RMSNorm(d_model, eps=1e-5)
-        self.names = [m if isinstance(m, str) else m["name"] for m in config.mixers]
+        self.names = [MIXERS.choose(m).name for m in config.mixers]
         if self.names[0] == self.names[1]:
             self.names = [f"{name}_{i}" for i, name in enumerate(self.names)]
         self.supports_segments = self.first.supports_segments and self.second.supports_segments

@@ -6,41 +6,30 @@ Letters: B batch, T time, D model width, S cached slots.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.attention import Attention, AttentionConfig, AttentionState, head_problems
-from mixers.mixer import Mixer, State, check_room
-from mixers.registry import build_mixer, register_mixer
+from mixerlab.mixers.attention import Attention, AttentionConfig, AttentionState, head_problems
+from mixerlab.mixers.mixer import Mixer, State, check_room
+from mixerlab.mixers.registry import build_mixer, register_mixer
+from mixerlab.options import option
 
 
 @dataclass
 class SelectiveAttentionConfig:
-    below: Any = field(
-        default="mamba2",
-        metadata={
-            "help": "the mixer whose output the attention refines, a name or a mapping",
-            "mixers": True,
-        },
+    below: Any = option(
+        "mamba2", "the mixer whose output the attention refines, a name or a mapping", mixers=True
     )
-    n_heads: int | None = field(
-        default=None, metadata={"help": "attention heads; null: as many as makes them 64 wide", "min": 1}
+    n_heads: int | None = option(
+        None, "attention heads; null: as many as make heads 64 wide, or the next wider that fit", min=1
     )
-    window: int = field(
-        default=2048,
-        metadata={"help": "positions that an attending one looks back on, itself included", "min": 1},
-    )
-    capacity: float = field(
-        default=0.15,
-        metadata={"help": "share of attending positions to be learned", "min": 0, "max": 1},
-    )
-    penalty_weight: float = field(
-        default=1.0, metadata={"help": "weight in the loss of (capacity - share)^2, per such layer", "min": 0}
-    )
+    window: int = option(2048, "positions that an attending one looks back on, itself included", min=1)
+    capacity: float = option(0.15, "share of attending positions to be learned", min=0, max=1)
+    penalty_weight: float = option(1.0, "weight in the loss of (capacity - share)^2, per such layer", min=0)
 
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
         yield from head_problems(d_model, self.n_heads, None, rope=False)
@@ -49,13 +38,12 @@ class SelectiveAttentionConfig:
 
 
 class CapacityPenalty(torch.autograd.Function):
-    """Returns `attending` as it is; its gradient gains that of weight * N * (capacity - mean(attending))^2.
+    """Returns `attending` as it is; its gradient gains that of weight * (capacity - mean(attending))^2.
 
-    N is the number of positions. A mixer has no part in the loss, so this gradient is added where it would
-    arrive. The training loss is the sum over positions, divided after the backward pass by the number of labelled
-    positions of the global batch. Hence the factor N: with a label on every position the step minimises the mean
-    loss plus weight * (capacity - share)^2, averaged over the micro-batches, however many they are. Where some
-    positions have no label the penalty weighs more by that ratio.
+    A mixer has no part in the loss, so this gradient is added where it would arrive. The training loss is a mean:
+    it is divided by the number of labels of the whole step before the backward pass. So with weight
+    `penalty_weight / micro_batches` a step minimises that mean plus penalty_weight * (capacity - share)^2, averaged
+    over its micro-batches.
     """
 
     @staticmethod
@@ -70,8 +58,9 @@ class CapacityPenalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (attending,) = ctx.saved_tensors
-        # d/dm_i of weight N (C - sum(m) / N)^2 is 2 weight (sum(m) / N - C), the same for each position.
-        return grad + 2 * ctx.weight * (attending.mean() - ctx.capacity), None, None
+        # d/dm_i of weight (C - sum(m) / N)^2 is 2 weight (sum(m) / N - C) / N, the same for each position.
+        slope = 2 * ctx.weight * (attending.mean() - ctx.capacity) / attending.numel()
+        return grad + slope, None, None
 
 
 @dataclass
@@ -119,7 +108,8 @@ class SelectiveAttention(Mixer):
         noise = -torch.empty_like(scores).exponential_().log()  # Gumbel
         soft = (scores + noise).softmax(-1)[..., 1]  # (B, T)
         attending = (soft > 0.5).to(dtype) + (soft - soft.detach())  # the value hard, the gradient soft
-        return CapacityPenalty.apply(attending, self.config.capacity, self.config.penalty_weight), alpha
+        weight = self.config.penalty_weight / self.micro_batches  # a step adds up their gradients
+        return CapacityPenalty.apply(attending, self.config.capacity, weight), alpha
 
     def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         h = self.below(x, segment_ids)

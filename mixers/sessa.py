@@ -1,45 +1,38 @@
 """Sessa: attention inside a feedback path (arXiv 2604.18580; the mathematics is in docs/sessa.md).
 
-Letters: B batch, T time, D model width, H feedback heads, K = D / H their width.
+Letters: B batch, T time, D model width, H feedback heads, K = D / H the head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.feedback import feedback_attention, routing_entropy
-from mixers.attention import Attention, AttentionConfig, AttentionState, head_problems, write_slots
-from mixers.registry import register_mixer
+from mixerlab.kernels.feedback import feedback_attention, routing_entropy
+from mixerlab.mixers.attention import Attention, AttentionConfig, AttentionState, head_problems, write_slots
+from mixerlab.mixers.registry import register_mixer
+from mixerlab.options import option
 
 
 @dataclass
 class SessaConfig:
-    n_heads: int | None = field(
-        default=None,
-        metadata={"help": "heads of the forward branch; null: as many as makes them 64 wide", "min": 1},
+    n_heads: int | None = option(
+        None,
+        "heads of the forward branch; null: as many as make heads 64 wide, or the next wider that fit",
+        min=1,
     )
-    n_kv_heads: int | None = field(
-        default=None, metadata={"help": "key and value heads of the forward branch; null: n_heads", "min": 1}
-    )
-    rope: bool = field(default=True, metadata={"help": "rotary positions in the forward branch"})
-    gamma_max: float = field(
-        default=0.999,
-        metadata={"help": "bound of the gain; below 1 the recursion is stable", "above": 0, "below": 1},
-    )
-    n_feedback_heads: int = field(
-        default=1, metadata={"help": "heads of the feedback branch; the paper's layer has one", "min": 1}
-    )
-    feedback: bool = field(
-        default=True, metadata={"help": "false: no feedback branch (the paper's control, s = f)"}
-    )
-    backend: Literal["auto", "triton", "chunked", "reference"] = field(
-        default="auto", metadata={"help": "implementation of the feedback operator"}
+    n_kv_heads: int | None = option(None, "key and value heads of the forward branch; null: n_heads", min=1)
+    rope: bool = option(True, "rotary positions in the forward branch")
+    gamma_max: float = option(0.999, "bound of the gain; below 1 the recursion is stable", above=0, below=1)
+    n_feedback_heads: int = option(1, "heads of the feedback branch; the paper's layer has one", min=1)
+    feedback: bool = option(True, "false: no feedback branch (the paper's control, s = f)")
+    backend: Literal["auto", "triton", "chunked", "reference"] = option(
+        "auto", "implementation of the feedback operator"
     )
 
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
@@ -63,6 +56,7 @@ class Sessa(Attention):
     """
 
     no_decay = ("gamma_bias",)
+    keep_float32 = ("gamma_bias",)
     output_projection = None  # out_proj is the forward branch's: the feedback comes after it
 
     def __init__(self, config: SessaConfig, d_model: int, layer_index: int = 0, n_layers: int = 1):
@@ -78,6 +72,8 @@ class Sessa(Attention):
             self.gamma_ctx = nn.Linear(d_model, config.n_feedback_heads, bias=False)
             self.gamma_bias = nn.Parameter(torch.ones(config.n_feedback_heads))
             self.register_load_state_dict_pre_hook(_reshape_published_bias)
+        else:
+            self.register_parameter("gamma_bias", None)
 
     def reset_parameters(self) -> None:
         if self.sessa.feedback:

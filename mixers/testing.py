@@ -1,6 +1,6 @@
 """The contract of a mixer as checks that anyone can run on theirs.
 
-    from mixers.testing import check_mixer
+    from mixerlab.mixers.testing import check_mixer
     check_mixer(lambda d_model: build_mixer("mine", d_model))
 
 Letters: B batch, T time, D model width.
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.backend import use_backend
-from mixers.mixer import Mixer, State
+from mixerlab.kernels.backend import use_backend
+from mixerlab.mixers.mixer import Mixer, State
 
 Factory = Callable[[int], Mixer]
 """d_model -> a mixer of that width."""
@@ -66,6 +66,15 @@ def check_initialisation(factory: Factory) -> None:
     for name, parameter in drawn[0].items():
         assert torch.isfinite(parameter).all(), f"{name} is not drawn"
         assert torch.equal(parameter, drawn[1][name]), f"{name} differs from draw to draw"
+
+
+def check_named_parameters(factory: Factory) -> None:
+    """`no_decay` and `keep_float32` name the mixer's own parameters; one that is None, as a missing bias, will do."""
+    for module in factory(D).modules():
+        for attribute in ("no_decay", "keep_float32"):
+            names = set(getattr(module, attribute, ()))
+            unknown = names - module._parameters.keys()
+            assert not unknown, f"{attribute} of {type(module).__name__} names no parameter: {unknown}"
 
 
 def check_shape(factory: Factory) -> None:
@@ -241,7 +250,7 @@ def check_flops(factory: Factory) -> None:
     mixer = factory(64).eval()
 
     def count(time: int) -> int:
-        # The unfused forms are counted; a triangular solve, which the counter does not know, as a product.
+        # The forms without kernels are counted; a triangular solve, which the counter does not know, as a product.
         def solve(a: torch.Size, b: torch.Size, *_, out_shape=None, **__) -> int:
             return 2 * b.numel() * a[-1]
 
@@ -272,6 +281,7 @@ def check_state_bytes(factory: Factory) -> None:
 
 CHECKS = (
     check_initialisation,
+    check_named_parameters,
     check_shape,
     check_causality,
     check_extend_equals_forward,

@@ -5,10 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from mixerlab.lm.config import load_recipe
 
 import train
-from lm import describe, generate
-from lm.config import load_recipe
+from mixerlab.lm import describe, generate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,11 +8,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kernels.backend import choose
-from kernels.feedback.chunked import entropy_chunked, feedback_chunked
-from kernels.feedback.fused import feedback_fused, why_not
-from kernels.feedback.reference import feedback_reference, feedback_step
-from kernels.feedback.step import needs_gradient, step_fused
+from mixerlab.kernels.backend import choose
+from mixerlab.kernels.feedback.chunked import entropy_chunked, feedback_chunked
+from mixerlab.kernels.feedback.fused import feedback_fused, why_not
+from mixerlab.kernels.feedback.reference import feedback_reference, feedback_step
+from mixerlab.kernels.feedback.step import needs_gradient, step_fused
 
 __all__ = ["feedback_attention", "routing_entropy"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.feedback.chunked import _vmap_rule
+from mixerlab.kernels.feedback.chunked import _vmap_rule
 
 _HAS_TRITON = find_spec("triton") is not None
 _TILE = 128
@@ -139,7 +139,7 @@ def _forward(
     scale: float,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from kernels.feedback.triton import feedback_forward  # here: triton need not be installed
+    from mixerlab.kernels.feedback.triton import feedback_forward  # here: triton need not be installed
 
     with torch.autocast(q.device.type, enabled=False):
         return feedback_forward(q, k, f, gamma, s_past, length, ids, scale, chunk_size)
@@ -162,7 +162,7 @@ def _backward(
     scale: float,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from kernels.feedback.triton import feedback_backward
+    from mixerlab.kernels.feedback.triton import feedback_backward
 
     saved = (s, attended, top, total, inverse, s_past)
     with torch.autocast(q.device.type, enabled=False):
@@ -171,7 +171,7 @@ def _backward(
 
 @_forward.register_fake
 def _(q, k, f, gamma, s_past, length, ids, scale, chunk_size):
-    from kernels.feedback.triton import tiles_for
+    from mixerlab.kernels.feedback.triton import tiles_for
 
     B, H, T, _ = f.shape
     M = tiles_for(f.dtype).block

@@ -6,7 +6,7 @@ Letters: B batch, H heads, L past positions, K key width, P value width.
 import torch
 from torch import Tensor
 
-from kernels.feedback.chunked import _vmap_rule
+from mixerlab.kernels.feedback.chunked import _vmap_rule
 
 
 @torch.library.custom_op("mixerlab::feedback_triton_step", mutates_args=())
@@ -20,7 +20,7 @@ def step_fused(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """s (B, H, 1, P) and lse (B, H, 1), arguments as of `feedback_decode`. Without a gradient."""
-    from kernels.feedback.decode import feedback_decode  # here: triton need not be installed
+    from mixerlab.kernels.feedback.decode import feedback_decode  # here: triton need not be installed
 
     return feedback_decode(q, k_past, f, gamma, s_past, past_length, scale)
 

@@ -10,9 +10,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kernels.backend import choose
-from kernels.selective_scan.autograd import scan
-from kernels.selective_scan.reference import selective_scan_reference
+from mixerlab.kernels.backend import choose
+from mixerlab.kernels.selective_scan.autograd import scan
+from mixerlab.kernels.selective_scan.reference import selective_scan_reference
 
 __all__ = ["selective_scan"]
 

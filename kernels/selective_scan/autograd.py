@@ -7,7 +7,7 @@ rules registered here instead of tracing the loops.
 import torch
 from torch import Tensor
 
-from kernels.selective_scan import chunked
+from mixerlab.kernels.selective_scan import chunked
 
 
 class _Scan(torch.autograd.Function):
@@ -107,7 +107,7 @@ def _backward(
 def _passes(triton: bool):
     """The module that holds `scan_forward` and `scan_backward`."""
     if triton:
-        from kernels.selective_scan import triton as fused  # here: triton need not be installed
+        from mixerlab.kernels.selective_scan import triton as fused  # here: triton need not be installed
 
         return fused
     return chunked

@@ -1,6 +1,6 @@
 """SSD, the operator of the Mamba-2 mixer: state space duality (Dao & Gu, arXiv 2405.21060).
 
-Letters: B batch, T time, H heads, G groups that share B_in and C_out, P head width, N state size.
+Letters: B batch, T time, H heads, G groups that share B_in and C_out, P head dim, N state size.
 """
 
 from typing import Literal, overload
@@ -8,10 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kernels.backend import choose
-from kernels.ssd.chunked import ssd_chunked
-from kernels.ssd.fused import ssd_fused, why_not_fused
-from kernels.ssd.reference import ssd_reference
+from mixerlab.kernels.backend import choose
+from mixerlab.kernels.ssd.chunked import ssd_chunked
+from mixerlab.kernels.ssd.mamba_ssm_kernel import ssd_mamba_ssm, why_not_mamba_ssm
+from mixerlab.kernels.ssd.reference import ssd_reference
 
 __all__ = ["ssd"]
 
@@ -95,7 +95,7 @@ def ssd(
         "ssd",
         backend,
         {
-            "mamba_ssm": lambda: why_not_fused(x, dt, A, B_in, C_out, chunk_size),
+            "mamba_ssm": lambda: why_not_mamba_ssm(x, dt, A, B_in, C_out, chunk_size),
             "chunked": lambda: None,
             "reference": lambda: None,
         },
@@ -107,7 +107,7 @@ def ssd(
         if name == "reference" or x.shape[1] == 1:
             y, state = ssd_reference(x, dt, A, B_in, C_out, initial_state, segment_ids, accumulate)
         elif name == "mamba_ssm":
-            y, state = ssd_fused(x, dt, A, B_in, C_out, D_skip, initial_state, segment_ids, chunk_size)
+            y, state = ssd_mamba_ssm(x, dt, A, B_in, C_out, D_skip, initial_state, segment_ids, chunk_size)
             D_skip = None  # its part is in y
         else:
             y, state = ssd_chunked(x, dt, A, B_in, C_out, initial_state, segment_ids, accumulate, chunk_size)

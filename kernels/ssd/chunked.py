@@ -7,7 +7,7 @@ The state space dual form (Dao & Gu, arXiv 2405.21060, section 6). With a_t = dt
 
 and the states before the chunks are such sums too, over chunks instead of positions.
 
-Letters: B batch, T time, H heads, G groups that share B_in and C_out, P head width, N state size; M chunks of
+Letters: B batch, T time, H heads, G groups that share B_in and C_out, P head dim, N state size; M chunks of
 Q positions.
 """
 

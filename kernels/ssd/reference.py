@@ -1,6 +1,6 @@
 """SSD by its definition: one step of the recurrence after another.
 
-Letters: B batch, T time, H heads, G groups that share B_in and C_out, P head width, N state size.
+Letters: B batch, T time, H heads, G groups that share B_in and C_out, P head dim, N state size.
 """
 
 import torch

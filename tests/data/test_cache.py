@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from data import DataError
-from data.cache import damage, ensure_folder
+from mixerlab.data import DataError
+from mixerlab.data.cache import ensure_folder
+from mixerlab.sealed import damage
 
 CONTENT = {"tokens": bytes(range(256)) * 20, "ends": b"\x05\x00\x00\x00"}
 
@@ -35,6 +36,15 @@ def test_a_whole_folder_is_not_filled_again(folder):
     ensure_folder(folder, refuse)
     assert is_whole(folder)
     assert damage(folder, checksums=True) is None
+
+
+def test_a_folder_of_an_older_version_whose_meta_file_has_no_checksum_is_whole(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["checksum"]
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    ensure_folder(folder, refuse)
+    flip(folder / "tokens")
+    assert damage(folder) == "the checksum of tokens is wrong"
 
 
 def truncate(path):

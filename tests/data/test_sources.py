@@ -7,8 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import DataError
-from data.sources import Document, FilesSource, HubSource, StdlibSource
+from mixerlab.data import DataError
+from mixerlab.data.sources import Document, FilesSource, HubSource, StdlibSource
 
 
 def texts(source) -> list[str]:
@@ -181,7 +181,8 @@ def test_a_local_folder_is_a_hub_dataset_whose_fingerprint_follows_its_content(t
     folder = tmp_path / "corpus"
     folder.mkdir()
     code = (
-        "import sys; from data.sources import HubSource; s = HubSource(sys.argv[1], None, 'train', 'text', 1, None)\n"
+        "import sys; from mixerlab.data.sources import HubSource\n"
+        "s = HubSource(sys.argv[1], None, 'train', 'text', 1, None)\n"
         "print(s.fingerprint(), *(d.text for d in s.documents()))"
     )
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from data import DataError, build_data, load_tokenizer
-from data.text import TextConfig, TextData, TokenRows, expand
-from data.tokenizers import train_bpe
+from mixerlab.data import DataError, build_data, load_tokenizer
+from mixerlab.data.text import TextConfig, TextData, TokenRows, expand
+from mixerlab.data.tokenizers import train_bpe
 
 IGNORE = -100
 EOD = 9
@@ -238,8 +238,8 @@ def test_a_hub_dataset_with_both_splits(tmp_path, monkeypatch):
 
 
 def test_a_long_document_is_tokenised_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.text.PIECE", 50)
-    monkeypatch.setattr("data.text.BATCH", 200)
+    monkeypatch.setattr("mixerlab.data.text.PIECE", 50)
+    monkeypatch.setattr("mixerlab.data.text.BATCH", 200)
     text = "".join(f"def f{i}(x):\n    return x + {i}  # and  so on\n\n" for i in range(200))
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text(text[:500])
@@ -274,7 +274,8 @@ def test_a_trained_tokenizer_knows_only_the_training_documents(tmp_path):
 def test_a_run_folder_holds_the_tokenizer(corpus, tmp_path):
     data = TextData(config(tmp_path, files=[f"{corpus}/*"], tokenizer="bpe", vocab_size=280), seed=0)
     (tmp_path / "run").mkdir()
-    data.prepare(tmp_path / "run")
+    data.prepare()
+    data.save_tokenizer(tmp_path / "run")
     tokenizer = load_tokenizer(tmp_path / "run")
     assert tokenizer is not None
     assert data.tokenizer is not None
@@ -415,9 +416,8 @@ def test_modules_that_prepare_at_once_agree(corpus, tmp_path, fills):
 
 
 def test_the_standard_library_prepares_without_a_download(tmp_path):
-    data = build_data(
-        TextConfig(tokenizer="bytes", max_documents=60, cache_dir=str(tmp_path), valid_fraction=0.1), seed=0
-    )
+    options = {"tokenizer": "bytes", "max_documents": 60, "cache_dir": str(tmp_path), "valid_fraction": 0.1}
+    data = build_data({"name": "text", **options}, seed=0)
     data.prepare()
     assert isinstance(data, TextData)
     train, valid = documents(data.train_dataset()), documents(data.val_datasets()["valid"])
@@ -531,7 +531,7 @@ def test_the_bpe_is_trained_on_the_first_documents_alone(tmp_path):
             valid_fraction=0.2,
             cache_dir=str(tmp_path / "cache"),
         )
-        data = build_data(config, seed=0)
+        data = TextData(config, seed=0)
         data.prepare()
         assert data.tokenizer is not None
         pieces[limit] = set(data.tokenizer.pieces)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from data import DataError, load_tokenizer
-from data.tokenizers import ByteTokenizer, JsonTokenizer, read_tokenizer, train_bpe
+from mixerlab.data import DataError, load_tokenizer
+from mixerlab.data.tokenizers import ByteTokenizer, JsonTokenizer, read_tokenizer, train_bpe
 
 CORPUS = [
     "the cat sat on the mat\n" * 20,
@@ -171,7 +171,7 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
 
 def test_forking_after_tokenising_in_parallel_is_silent():
     code = (
-        "import os; from data.tokenizers import train_bpe\n"
+        "import os; from mixerlab.data.tokenizers import train_bpe\n"
         "t = train_bpe(['a b c'] * 9, 300); t.encode_batch(['a b'] * 99)\n"
         "pid = os.fork()\n"
         "if pid == 0: os._exit(0)\n"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.feedback import feedback_attention
-from kernels.feedback.step import step_fused
-from mixers import build_mixer
+from mixerlab.kernels.feedback import feedback_attention
+from mixerlab.kernels.feedback.step import step_fused
+from mixerlab.mixers import build_mixer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -244,7 +244,7 @@ def test_sessa_decoded_token_by_token_equals_its_forward():
 
 @pytest.mark.parametrize("dtype", [FP32, FP16])
 def test_sessa_gives_its_caches_whole(dtype, monkeypatch):
-    import kernels.feedback.decode as decode
+    import mixerlab.kernels.feedback.decode as decode
 
     given = []
     decoded = decode.feedback_decode

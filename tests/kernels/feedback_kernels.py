@@ -14,8 +14,8 @@ import torch
 import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
-import kernels.feedback.triton as fused
-from kernels.feedback import feedback_attention
+import mixerlab.kernels.feedback.triton as fused
+from mixerlab.kernels.feedback import feedback_attention
 from tests.kernels.test_feedback import func_grad, func_jacrev, func_vjp, func_vmap, func_vmap_of_grad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

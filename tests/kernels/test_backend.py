@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from kernels.backend import choose, use_backend
+from mixerlab.kernels.backend import choose, use_backend
 
 BACKENDS = {"fast": lambda: "needs a GPU", "plain": lambda: None, "slow": lambda: None}
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from kernels.backend import use_backend
-from kernels.feedback import feedback_attention, routing_entropy
+from mixerlab.kernels.backend import use_backend
+from mixerlab.kernels.feedback import feedback_attention, routing_entropy
 
 F64 = torch.float64
 BACKENDS = ["reference", "chunked"]

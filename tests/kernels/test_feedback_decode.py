@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.feedback import feedback_attention
-from kernels.feedback import fused as operators
+from mixerlab.kernels.feedback import feedback_attention
+from mixerlab.kernels.feedback import fused as operators
 from tests.kernels.ahead_of_time import compile_launch, distinct, record
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def test_numbers_agree_on_a_gpu_or_else_in_the_interpreter():
 def launches(monkeypatch):
     """A list that fills with the launches of what runs in the test, on the CPU."""
     pytest.importorskip("triton")
-    from kernels.feedback import decode
+    from mixerlab.kernels.feedback import decode
 
     monkeypatch.setattr(operators, "_INTERPRETED", True)
     return record(decode, monkeypatch)

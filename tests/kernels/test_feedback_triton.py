@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.feedback import feedback_attention
-from kernels.feedback import fused as operators
+from mixerlab.kernels.feedback import feedback_attention
+from mixerlab.kernels.feedback import fused as operators
 from tests.kernels.ahead_of_time import compile_launch, distinct, record
 from tests.kernels.test_feedback import peak_bytes
 
@@ -57,7 +57,7 @@ def test_without_a_gpu_the_backend_is_refused_with_the_reason():
 def launches(monkeypatch):
     """A list that fills with the launches of what runs in the test, on the CPU."""
     pytest.importorskip("triton")
-    from kernels.feedback import triton as kernels
+    from mixerlab.kernels.feedback import triton as kernels
 
     monkeypatch.setattr(operators, "_INTERPRETED", True)
     return record(kernels, monkeypatch)
@@ -133,7 +133,7 @@ def test_a_new_length_compiles_nothing(launches):
 def test_compiles_ahead_of_time_without_spills(
     dtype, precision, width, architecture, launches, monkeypatch, tmp_path
 ):
-    from kernels.feedback import triton as kernels
+    from mixerlab.kernels.feedback import triton as kernels
 
     monkeypatch.setattr(kernels, "product_precision", lambda: precision)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import use_backend
-from kernels.selective_scan import chunked, selective_scan
+from mixerlab.kernels.backend import use_backend
+from mixerlab.kernels.selective_scan import chunked, selective_scan
 
 F64 = torch.float64
 BACKENDS = ["reference", "chunked"]

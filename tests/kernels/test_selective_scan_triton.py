@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.selective_scan import selective_scan
+from mixerlab.kernels.selective_scan import selective_scan
 from tests.kernels.ahead_of_time import compile_kernel
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def worst_difference(shape, dtype, backend, device="cpu", packed=True) -> float:
 
 def interpreted() -> None:
     """Runs in a process of its own: triton reads TRITON_INTERPRET when it is imported."""
-    from kernels.selective_scan import triton as kernels
+    from mixerlab.kernels.selective_scan import triton as kernels
 
     kernels.chunk_length = lambda D, N, device: 4  # several chunks, the last one ragged
     for packed in (False, True):
@@ -87,7 +87,7 @@ def test_equals_the_recurrence_with_all_gradients_on_a_gpu(shape, backend, dtype
 @pytest.mark.parametrize("low", ["fp32", "bf16"])
 def test_compiles_ahead_of_time_without_spills(name, N, low, architecture, tmp_path):
     pytest.importorskip("triton")
-    from kernels.selective_scan import triton as kernels
+    from mixerlab.kernels.selective_scan import triton as kernels
 
     kernel = getattr(kernels, name)
     options = kernels.launch_options(N)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from kernels.ssd import fused, ssd
+from mixerlab.kernels.ssd import mamba_ssm_kernel, ssd
 
 BATCH, HEADS, WIDTH, STATE = 2, 4, 3, 5
 
@@ -192,11 +192,11 @@ def stand_in(monkeypatch):
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, package.__name__, package)
-    monkeypatch.setattr(fused, "_is_on_cuda", lambda x: True)
+    monkeypatch.setattr(mamba_ssm_kernel, "_is_on_cuda", lambda x: True)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    fused._load.cache_clear()
+    mamba_ssm_kernel._load.cache_clear()
     yield calls
-    fused._load.cache_clear()
+    mamba_ssm_kernel._load.cache_clear()
 
 
 def initial_state(dtype=torch.float32, width=WIDTH, state=STATE):
@@ -290,22 +290,22 @@ def test_mamba_ssm_says_why_it_cannot_run(monkeypatch):
     arguments = [a.detach().half() for a in inputs(9)]
     with pytest.raises(ValueError, match=r"'mamba_ssm' cannot take this input: x is on device cpu.*chunked"):
         ssd(*arguments, backend="mamba_ssm")
-    monkeypatch.setattr(fused, "_is_on_cuda", lambda x: True)
+    monkeypatch.setattr(mamba_ssm_kernel, "_is_on_cuda", lambda x: True)
     monkeypatch.setattr(sys, "path", [])
     for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
         monkeypatch.delitem(sys.modules, name)
-    fused._load.cache_clear()
+    mamba_ssm_kernel._load.cache_clear()
     with pytest.raises(ValueError, match="mamba_ssm is not installed"):
         ssd(*arguments, backend="mamba_ssm")
     monkeypatch.setitem(sys.modules, "mamba_ssm", ModuleType("mamba_ssm"))
-    fused._load.cache_clear()
+    mamba_ssm_kernel._load.cache_clear()
     with pytest.raises(ValueError, match=r"mamba_ssm cannot be imported: No module named 'mamba_ssm.ops'"):
         ssd(*arguments, backend="mamba_ssm")
-    fused._load.cache_clear()
+    mamba_ssm_kernel._load.cache_clear()
 
 
 def why_not_here() -> str | None:
-    return fused._load()[1] if torch.cuda.is_available() else "no CUDA device"
+    return mamba_ssm_kernel._load()[1] if torch.cuda.is_available() else "no CUDA device"
 
 
 @pytest.mark.skipif("why_not_here() is not None", reason=f"mamba_ssm's kernels: {why_not_here()}")

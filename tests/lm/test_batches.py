@@ -5,9 +5,9 @@ from itertools import islice
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mixerlab.lm.batches import PADDING, Batches, PaddedRows, ValidationBatches, epoch_order
 
-from data.module import Rows
-from lm.batches import PADDING, Batches, PaddedRows, ValidationBatches, epoch_order
+from mixerlab.data.module import Rows
 
 
 @given(

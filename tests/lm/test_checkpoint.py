@@ -9,9 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from lm import checkpoint as module
-from lm.checkpoint import (
+from mixerlab.lm.checkpoint import (
     CheckpointError,
     Pieces,
     best_checkpoint,
@@ -29,6 +27,8 @@ from lm.checkpoint import (
     rows_of_shard,
     save,
 )
+
+from mixerlab.lm import checkpoint as module
 
 
 def state(step, valid_loss=None):

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixerlab.lm.config import ConfigError, load_recipe, to_dict, to_yaml
 
 import train
-from lm.config import ConfigError, load_recipe, to_dict, to_yaml
-from mixers import registry
-from mixers.identity import Identity, IdentityConfig
-from mixers.mamba2 import Mamba2Config
+from mixerlab.mixers import registry
+from mixerlab.mixers.identity import Identity, IdentityConfig
+from mixerlab.mixers.mamba2 import Mamba2Config
 
 ROOT = Path(__file__).parents[2]
 GOOD = "data: {name: text, source: files, files: [corpus.txt]}\ntrainer: {steps: 3}\n"
@@ -361,8 +361,8 @@ def test_plugins_register_before_the_recipe_is_checked(folder, monkeypatch):
     (folder / "my_plugin.py").write_text(
         textwrap.dedent("""
         from dataclasses import dataclass, field
-        from mixers import register_mixer
-        from mixers.identity import Identity
+        from mixerlab.mixers import register_mixer
+        from mixerlab.mixers.identity import Identity
 
         @dataclass
         class Config:
@@ -405,8 +405,8 @@ def test_a_plugin_cannot_replace_a_mixer(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     (folder / "replacing_plugin.py").write_text(
-        "from mixers.attention import AttentionConfig, Attention as Theirs\n"
-        "from mixers import register_mixer\n"
+        "from mixerlab.mixers.attention import AttentionConfig, Attention as Theirs\n"
+        "from mixerlab.mixers import register_mixer\n"
         "@register_mixer('attention', AttentionConfig)\n"
         "class Attention(Theirs): pass\n"
     )
@@ -456,8 +456,8 @@ def write_plugin(path, body):
         textwrap.dedent(f"""
         from __future__ import annotations
         from dataclasses import dataclass
-        from mixers import register_mixer
-        from mixers.identity import Identity
+        from mixerlab.mixers import register_mixer
+        from mixerlab.mixers.identity import Identity
 
         @dataclass
         class OddConfig:

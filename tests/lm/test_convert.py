@@ -8,17 +8,17 @@ import pytest
 import torch
 import transformers
 import yaml
+from mixerlab.lm.checkpoint import named_checkpoint, read
+from mixerlab.lm.config import load_recipe
+from mixerlab.lm.convert import main
 from safetensors.torch import load, save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
-from data.tokenizers import train_bpe
-from lm import generate
-from lm.checkpoint import named_checkpoint, read
-from lm.config import load_recipe
-from lm.convert import main
-from lm.run import load_decoder, load_run_recipe, load_run_tokenizer
+from mixerlab.data.tokenizers import train_bpe
+from mixerlab.lm import generate
+from mixerlab.lm.run import load_decoder, load_run_recipe, load_run_tokenizer
 from train import main as train
 
 transformers.logging.disable_progress_bar()

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixerlab.lm.config import OptimConfig
+from mixerlab.lm.decoder import Decoder, no_decay_parameters, token_losses
+from mixerlab.lm.optim import build_optimizer
+from mixerlab.lm.precision import to_bf16
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lm.config import OptimConfig
-from lm.decoder import Decoder, no_decay_parameters, token_losses
-from lm.optim import build_optimizer
-from lm.precision import to_bf16
-from mixers import mixer_names
+from mixerlab.mixers import mixer_names
 
 LAYOUTS = {
     "gated": {"block": "gated"},

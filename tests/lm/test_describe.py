@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from mixerlab.lm.config import load_recipe
+from mixerlab.lm.describe import describe, main, si, size
 
-from lm.config import load_recipe
-from lm.describe import describe, main, si, size
-from lm.run import build_decoder
+from mixerlab.lm.run import build_decoder
 
 QUICKSTART = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
 

@@ -5,15 +5,15 @@ import signal
 
 import pytest
 import torch
+from mixerlab.lm.batches import Loaders
+from mixerlab.lm.checkpoint import named_checkpoint, read
+from mixerlab.lm.config import load_recipe
+from mixerlab.lm.decoder import Decoder
+from mixerlab.lm.diagnosis import first_non_finite, memory_advice
+from mixerlab.lm.module import LanguageModel
 from torch import nn
 
 import train
-from lm.batches import Loaders
-from lm.checkpoint import named_checkpoint, read
-from lm.config import load_recipe
-from lm.decoder import Decoder
-from lm.diagnosis import first_non_finite, memory_advice
-from lm.module import LanguageModel
 from tests.lm.tiny_runs import ROOT, TINY, metric, run_dirs
 
 

@@ -1,6 +1,6 @@
 """The generated page of keys is the one in the repository."""
 
-from lm.docs import PATH, recipes_markdown
+from mixerlab.lm.docs import PATH, recipes_markdown
 
 
 def test_the_page_of_keys_is_up_to_date():

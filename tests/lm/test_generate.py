@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from mixerlab.lm.decoder import Decoder
+from mixerlab.lm.generate import generate, sample, stream_texts
 
-from data.tokenizers import ByteTokenizer
-from lm.decoder import Decoder
-from lm.generate import generate, sample, stream_texts
+from mixerlab.data.tokenizers import ByteTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_characters_are_whole_and_the_end_of_a_document_ends_the_text(decoder, m
         for a, b in zip([*first, 120], [*second, 256, 99, 99], strict=True):
             yield torch.tensor([a, b])
 
-    monkeypatch.setattr("lm.generate.generate", tokens)
+    monkeypatch.setattr("mixerlab.lm.generate.generate", tokens)
     pieces = list(stream_texts(decoder, tokenizer, ["", ""], max_new_tokens=5))
     assert [text for i, text in pieces if i == 0] == ["é", "§", "x"]
     assert [text for i, text in pieces if i == 1] == ["a", "b"]

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from mixerlab.lm.config import ConfigError, load_recipe
+from mixerlab.lm.match import count_parameters
 
-from lm.config import ConfigError, load_recipe
-from lm.match import count_parameters
-from mixers import mixer_names
+from mixerlab.mixers import mixer_names
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"

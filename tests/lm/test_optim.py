@@ -1,9 +1,8 @@
 """Learning-rate schedules at their corners."""
 
 import pytest
-
-from lm.config import OptimConfig
-from lm.optim import lr_factor
+from mixerlab.lm.config import OptimConfig
+from mixerlab.lm.optim import lr_factor
 
 
 def factors(**options):

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from mixerlab.lm.config import StrategyConfig
+from mixerlab.lm.decoder import Decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lm.config import StrategyConfig
-from lm.decoder import Decoder
-from lm.parallel import parallelize
+from mixerlab.lm.parallel import parallelize
 
 COUNT = """
 import resource, torch
-from lm.parallel import keep_freed_memory
+from mixerlab.lm.parallel import keep_freed_memory
 {call}
 def work():
     a = torch.ones(2**24)  # 64 MiB

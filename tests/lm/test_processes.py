@@ -11,14 +11,14 @@ import time
 
 import pytest
 import torch
+from mixerlab.lm.checkpoint import list_checkpoints, named_checkpoint, read, read_meta
+from mixerlab.lm.checkpoint import main as checkpoint_tool
+from mixerlab.lm.config import load_recipe
+from mixerlab.lm.generate import main as generate
+from mixerlab.lm.validate import main as validate
 
 from benchmarks import reliability
-from lm.checkpoint import list_checkpoints, named_checkpoint, read, read_meta
-from lm.checkpoint import main as checkpoint_tool
-from lm.config import load_recipe
-from lm.generate import main as generate
-from lm.run import build_decoder, load_decoder
-from lm.validate import main as validate
+from mixerlab.lm.run import build_decoder, load_decoder
 from tests.lm.tiny_runs import ROOT, TINY, metric, run_dirs
 
 pytestmark = pytest.mark.slow
@@ -126,12 +126,12 @@ def test_shards_gathered_and_reduced_in_bf16_learn(tmp_path, options):
 
 PROBE = """
 import sys, torch
-from lm.config import load_recipe
-from lm.processes import start
-from lm.parallel import make_mesh
-from lm.training import make_decoder
-from lm.checkpoint import read
-from lm.parallel import _piece
+from mixerlab.lm.config import load_recipe
+from mixerlab.lm.processes import start
+from mixerlab.lm.parallel import make_mesh
+from mixerlab.lm.training import make_decoder
+from mixerlab.lm.checkpoint import read
+from mixerlab.lm.parallel import _piece
 recipe = load_recipe(sys.argv[1], sys.argv[3:])
 world = start(recipe.strategy, [sys.executable, *sys.argv])
 world.connect(torch.device("cpu"), recipe.strategy)
@@ -302,7 +302,7 @@ def test_a_signal_to_the_whole_group_spares_the_loading_processes_until_the_step
 
 def test_an_interrupted_validation_is_made_up_for(tmp_path, options):
     (tmp_path / "in_validation.py").write_text(
-        "import os, signal\nfrom lm.module import LanguageModel\nstep = LanguageModel.validation_step\n"
+        "import os, signal\nfrom mixerlab.lm.module import LanguageModel\nstep = LanguageModel.validation_step\n"
         "def interrupt(self, batch, i, *rest):\n"
         "    if 'STOP' in os.environ and self.trainer.global_step == 10: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return step(self, batch, i, *rest)\nLanguageModel.validation_step = interrupt\n"
@@ -321,7 +321,7 @@ def test_an_interrupted_validation_is_made_up_for(tmp_path, options):
 
 def test_a_second_signal_ends_it_at_once(tmp_path, options):
     (tmp_path / "slow_step.py").write_text(
-        "import time\nfrom lm.module import LanguageModel\nstep = LanguageModel.training_step\n"
+        "import time\nfrom mixerlab.lm.module import LanguageModel\nstep = LanguageModel.training_step\n"
         "def slow(self, batch, i):\n    if i == 3: print('step 99/', flush=True); time.sleep(600)\n"
         "    return step(self, batch, i)\nLanguageModel.training_step = slow\n"
     )
@@ -343,7 +343,7 @@ def test_the_time_limit_ends_it_likewise(tmp_path, options):
 def plugin(tmp_path, body):
     """A module that runs `body` before the step of index 5 on rank 1."""
     (tmp_path / "mishap.py").write_text(
-        "import os, signal, time, torch\nfrom lm.module import LanguageModel\nstep = LanguageModel.training_step\n"
+        "import os, signal, time, torch\nfrom mixerlab.lm.module import LanguageModel\nstep = LanguageModel.training_step\n"
         "def mishap(self, batch, i):\n"
         f"    if self.world.rank == 1 and self.trainer.global_step == 5:\n        {body}\n"
         "    return step(self, batch, i)\n"

@@ -9,17 +9,17 @@ import sys
 
 import pytest
 import torch
+from mixerlab.lm.batches import Batches
+from mixerlab.lm.checkpoint import best_checkpoint, last_checkpoint, list_checkpoints, named_checkpoint, read
+from mixerlab.lm.config import load_recipe
+from mixerlab.lm.module import LanguageModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import default_collate
 
 import train
-from lm import generate
-from lm.batches import Batches
-from lm.checkpoint import best_checkpoint, last_checkpoint, list_checkpoints, named_checkpoint, read
-from lm.config import load_recipe
-from lm.module import LanguageModel
-from lm.run import build_decoder, lock_run, make_data
-from lm.training import count_steps, make_decoder
+from mixerlab.lm import generate
+from mixerlab.lm.run import build_decoder, lock_run, make_data
+from mixerlab.lm.training import count_steps, make_decoder
 from tests.lm.tiny_runs import ROOT, TINY, metric, run_dirs
 
 CURVE = ROOT / "tests" / "golden" / "tiny.json"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from mixers import build_mixer
-from mixers.attention import block_mask, causal_attention, rotate, segment_positions
+from mixerlab.mixers import build_mixer
+from mixerlab.mixers.attention import block_mask, causal_attention, rotate, segment_positions
 
 
 @pytest.mark.parametrize("some", [False, True], ids=["all keys", "selected keys"])

@@ -4,12 +4,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixers import build_mixer, mixer_names
-from mixers.identity import Identity, IdentityConfig
-from mixers.testing import CHECKS, check_flops, check_gradients, check_mixer, double, inputs
+from mixerlab.mixers import MIXERS, build_mixer
+from mixerlab.mixers.identity import Identity, IdentityConfig
+from mixerlab.mixers.testing import (
+    CHECKS,
+    check_flops,
+    check_gradients,
+    check_mixer,
+    check_named_parameters,
+    double,
+    inputs,
+)
 
 VARIANTS: dict[str, dict] = {
-    **{name: {"name": name} for name in mixer_names()},
+    **{name: {"name": name} for name in MIXERS.names()},
     "attention, grouped, normed": {"name": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
     "attention, window": {"name": "attention", "n_heads": 2, "window": 4, "bias": True},
     "attention, no positions": {"name": "attention", "n_heads": 4, "n_kv_heads": 1, "rope": False},
@@ -25,7 +33,7 @@ VARIANTS: dict[str, dict] = {
     "sessa, reference": {"name": "sessa", "backend": "reference"},
     "mamba2, grouped": {
         "name": "mamba2",
-        "head_width": 4,
+        "head_dim": 4,
         "n_groups": 2,
         "dt_limit": (0.01, 0.9),
         "bias": True,
@@ -154,3 +162,19 @@ def test_a_surrogate_gradient_must_be_declared():
     check_mixer(lambda d: DeclaringAround(config, d, Rounding))
     with pytest.raises(AssertionError, match=r"names no parameter: \{'inner.factor'\}"):
         check_gradients(lambda d: MistakenAround(config, d, Rounding))
+
+
+@pytest.mark.parametrize("attribute", ["no_decay", "keep_float32"])
+def test_what_is_spared_must_be_a_parameter_of_the_mixers_own(attribute):
+    config = IdentityConfig()
+    right = type("Right", (Rounding,), {attribute: ("factors",)})
+    wrong = type("Wrong", (Rounding,), {attribute: ("factor",)})
+    nested = type("Nested", (Around,), {attribute: ("inner.factors",)})
+    check_named_parameters(lambda d: right(config, d))
+    for factory, name in (
+        (lambda d: wrong(config, d), "factor"),
+        (lambda d: Around(config, d, wrong), "factor"),
+        (lambda d: nested(config, d, Rounding), "inner.factors"),
+    ):
+        with pytest.raises(AssertionError, match=rf"{attribute} of \w+ names no parameter: \{{'{name}'\}}"):
+            check_named_parameters(factory)

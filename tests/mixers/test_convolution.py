@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixers.convolution import causal_conv
+from mixerlab.mixers.convolution import causal_conv
 
 X = 6
 

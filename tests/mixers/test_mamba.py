@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from lm.decoder import Decoder, no_decay_parameters
-from mixers import build_mixer
+from mixerlab.lm.model.decoder import Decoder, spared_parameters
+from mixerlab.mixers import build_mixer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba_mixer.safetensors"
 
@@ -70,9 +70,10 @@ def test_a_decoder_leaves_steps_to_the_mixer():
     assert mixer.dt_proj.weight.std() > 0.3  # uniform within 2 ** -0.5; init_std would be 0.02
 
 
-def test_weight_decay_spares_rates_steps_and_skips():
+@pytest.mark.parametrize("spared", ["no_decay", "keep_float32"])
+def test_weight_decay_and_low_precision_spare_rates_steps_and_skips(spared):
     mixer = build_mixer("mamba", 32)
-    assert no_decay_parameters(mixer) == {"A_log", "D", "dt_proj.bias", "conv1d.bias"}
+    assert spared_parameters(mixer, spared) == {"A_log", "D", "dt_proj.bias", "conv1d.bias"}
 
 
 def test_the_ssm_state_is_float32_even_in_a_bf16_model():

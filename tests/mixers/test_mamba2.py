@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from lm.decoder import no_decay_parameters
-from mixers import build_mixer
-from mixers.mamba2 import Mamba2
+from mixerlab.lm.model.decoder import spared_parameters
+from mixerlab.mixers import build_mixer
+from mixerlab.mixers.mamba2 import Mamba2
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba2_mixer.safetensors"
 
@@ -34,7 +34,7 @@ def test_equals_the_published_mixer_with_all_gradients(case, backend):
     options = {
         "expand": hyper["expand"],
         "d_state": hyper["state_size"],
-        "head_width": hyper["head_dim"],
+        "head_dim": hyper["head_dim"],
         "n_groups": hyper["n_groups"],
         "d_conv": hyper["conv_kernel"],
         "norm_eps": hyper["layer_norm_epsilon"],
@@ -60,7 +60,7 @@ def test_equals_the_published_mixer_with_all_gradients(case, backend):
 
 def test_starts_as_the_original():
     torch.manual_seed(0)
-    mixer = build_mixer({"name": "mamba2", "head_width": 1}, 512)  # 1024 heads
+    mixer = build_mixer({"name": "mamba2", "head_dim": 1}, 512)  # 1024 heads
     steps = F.softplus(mixer.dt_bias.detach().double())
     assert 0.99e-3 < steps.min() < 1.1e-3
     assert 0.09 < steps.max() < 0.1001
@@ -71,7 +71,9 @@ def test_starts_as_the_original():
     assert 15.9 < rates.max() < 16.001
     assert abs(rates.mean() - 8.5) < 0.4  # uniform
     assert (mixer.D == 1).all()
-    assert {"dt_bias", "A_log", "D", "norm.weight", "conv1d.bias"} == no_decay_parameters(mixer)
+    for spared in ("no_decay", "keep_float32"):
+        expected = {"dt_bias", "A_log", "D", "norm.weight", "conv1d.bias"}
+        assert spared_parameters(mixer, spared) == expected
 
 
 def test_reset_draws_anew_and_the_seed_decides():
@@ -89,15 +91,15 @@ def test_reset_draws_anew_and_the_seed_decides():
 @pytest.mark.parametrize(("d_model", "width"), [(8, 16), (32, 64), (64, 64), (96, 64), (36, 8), (9, 2)])
 def test_a_head_is_as_wide_as_a_power_of_two_up_to_64_can_be(d_model, width):
     mixer = build_mixer("mamba2", d_model)
-    assert mixer.head_width == width
+    assert mixer.head_dim == width
     assert mixer.n_heads * width == 2 * d_model
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_width": 24}, r"head_width = 24: it must divide expand \* model.d_model = 64"),
-        ({"head_width": 16, "n_groups": 3}, r"n_groups = 3: it must divide .* 64 / 16 = 4"),
+        ({"head_dim": 24}, r"head_dim = 24: it must divide expand \* model.d_model = 64"),
+        ({"head_dim": 16, "n_groups": 3}, r"n_groups = 3: it must divide .* 64 / 16 = 4"),
         ({"dt_limit": (0.1, 0.01)}, r"dt_limit = \(0.1, 0.01\): it must be two numbers"),
     ],
 )
@@ -117,7 +119,7 @@ def test_steps_are_clamped_to_their_limits():
 
 
 def test_the_norm_is_per_group_and_gated():
-    mixer = build_mixer({"name": "mamba2", "n_groups": 2, "head_width": 8}, 32).double()
+    mixer = build_mixer({"name": "mamba2", "n_groups": 2, "head_dim": 8}, 32).double()
     y, z = torch.randn(2, 3, 5, 64, dtype=torch.float64)
     normed = mixer.norm(y, z).unflatten(-1, (2, 32))
     torch.testing.assert_close(normed.square().mean(-1), torch.ones(3, 5, 2).double(), atol=1e-3, rtol=0)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mixers import build_mixer, registry
-from mixers.identity import Identity, IdentityConfig
-from mixers.mixer import Mixer
-from mixers.testing import double, inputs
+from mixerlab.mixers import MIXERS, build_mixer, choose_mixers, register_mixer, without_segments
+from mixerlab.mixers.identity import Identity, IdentityConfig
+from mixerlab.mixers.mixer import Mixer
+from mixerlab.mixers.testing import double, inputs
 
 
 def parallel(*mixers):
@@ -34,17 +34,27 @@ def test_diagnostics_watch_both_branches_by_name():
     assert {"sessa_0/gamma", "sessa_0/rms", "sessa_1/rms"} <= set(twice)
 
 
-@pytest.mark.parametrize("mixers", [[], ["attention"], ["mamba"] * 3, "attention", {"name": "attention"}])
+@pytest.mark.parametrize("mixers", [[], ["attention"], ["mamba"] * 3, "attention"])
 def test_other_than_two_mixers_are_refused(mixers):
     with pytest.raises(ValueError, match="expected a list of exactly two mixers"):
         build_mixer({"name": "parallel", "mixers": mixers}, 32)
 
 
+def test_a_mapping_is_no_list_of_two():
+    with pytest.raises(
+        ValueError, match=r"^mixer.mixers = .*: expected a list, each item a name or a mapping$"
+    ):
+        build_mixer({"name": "parallel", "mixers": {"name": "attention"}}, 32)
+
+
 def test_what_is_wrong_inside_is_named():
     for inner, message in (
-        ("mamba9", "unknown mixer 'mamba9'.*did you mean 'mamba"),
-        ({"name": "attention", "n_hed": 2}, "mixer 'attention' has no option 'n_hed'"),
-        ({"name": "attention", "n_heads": 7}, "mixer 'attention': n_heads = 7: it must divide"),
+        ("mamba9", r"mixer.mixers\[1\] = 'mamba9': no such mixer; did you mean 'mamba"),
+        (
+            {"name": "attention", "n_hed": 2},
+            r"mixer.mixers\[1\].n_hed = 2: no such key; did you mean 'n_heads'",
+        ),
+        ({"name": "attention", "n_heads": 7}, r"mixer.mixers\[1\].n_heads = 7: it must divide"),
     ):
         with pytest.raises(ValueError, match=message):
             build_mixer({"name": "parallel", "mixers": ["identity", inner]}, 32)
@@ -53,9 +63,9 @@ def test_what_is_wrong_inside_is_named():
 @pytest.fixture
 def together(monkeypatch):
     """A registered mixer named `together` that cannot keep documents apart."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(MIXERS, "_entries", dict(MIXERS._entries))
 
-    @registry.register_mixer("together", IdentityConfig)
+    @register_mixer("together", IdentityConfig)
     class Together(Identity):
         supports_segments = False
 
@@ -73,12 +83,12 @@ def test_segments_are_supported_if_every_mixer_inside_does():
     below = {"name": "selective_attention", "below": nested}
     segment_ids = torch.zeros(2, 21, dtype=torch.int64)
     for spec in (nested, below):
-        assert registry.without_segments(spec) == ["together"]
+        assert without_segments(choose_mixers(spec, "mixer")) == ["together"]
         mixer: Mixer = build_mixer(spec, 32).double()
         assert not mixer.supports_segments
         with pytest.raises(ValueError, match="Together cannot keep packed documents apart"):
             mixer(inputs(), segment_ids)
     inside = {"name": "selective_attention", "below": "parallel"}
     for able in ({"name": "parallel"}, {"name": "selective_attention"}, inside):
-        assert registry.without_segments(able) == []
+        assert without_segments(choose_mixers(able, "mixer")) == []
         assert build_mixer(able, 32).supports_segments

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lm.precision import to_bf16
-from mixers import build_mixer
-from mixers.selective_attention import CapacityPenalty
-from mixers.testing import double, inputs
+from mixerlab.lm.model.precision import to_bf16
+from mixerlab.mixers import build_mixer
+from mixerlab.mixers.selective_attention import CapacityPenalty
+from mixerlab.mixers.testing import double, inputs
 
 
 def selective(**options):
@@ -54,7 +54,7 @@ def test_the_penalty_is_that_of_the_formula():
     passed = CapacityPenalty.apply(attending, 0.15, 2.5)
     assert torch.equal(passed, attending)
     (ours,) = torch.autograd.grad((passed * cotangent).sum(), attending)
-    explicit = (attending * cotangent).sum() + 2.5 * 21 * (0.15 - attending.mean()) ** 2
+    explicit = (attending * cotangent).sum() + 2.5 * (0.15 - attending.mean()) ** 2
     (expected,) = torch.autograd.grad(explicit, attending)
     torch.testing.assert_close(ours, expected)
 
@@ -72,13 +72,39 @@ def test_training_follows_the_straight_through_gumbel_softmax():
     expected = x + (attending * alpha)[..., None] * (o - x)
     assert 0 < attending.mean() < 1
     torch.testing.assert_close(y, expected)
-    penalty = 3.0 * x[..., 0].numel() * (0.2 - attending.mean()) ** 2
+    penalty = 3.0 * (0.2 - attending.mean()) ** 2
     wanted = (x, *mixer.parameters())
     ours = torch.autograd.grad(y.square().sum(), wanted)
     theirs = torch.autograd.grad(expected.square().sum() + penalty, wanted)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
     assert not torch.equal(mixer(x), y), "the next sample is another"
+
+
+def test_a_step_of_several_micro_batches_minimises_the_mean_of_their_penalties():
+    """Each with a share of the step's positions, and of its labels, of its own."""
+    mixer = selective(capacity=0.2, penalty_weight=3.0, window=6).train()
+    parts = [inputs(seed=0), inputs(batch=1, time=5, seed=1), inputs(time=9, seed=2)]
+    n_labels = 40
+
+    torch.manual_seed(1)
+    mixer.micro_batches = len(parts)
+    for x in parts:
+        (mixer(x).square().sum() / n_labels).backward()
+    ours = [p.grad.clone() for p in mixer.parameters()]
+
+    torch.manual_seed(1)
+    loss = torch.zeros((), dtype=torch.float64)
+    for x in parts:
+        scores = mixer.gate(x)
+        attending = F.gumbel_softmax(scores, tau=1, hard=True)[..., 1]
+        o = mixer.attention(x, selected=attending > 0.5)
+        y = x + (attending * scores.softmax(-1)[..., 1])[..., None] * (o - x)
+        loss = loss + y.square().sum() / n_labels
+        loss = loss + 3.0 * (0.2 - attending.mean()) ** 2 / len(parts)
+    theirs = torch.autograd.grad(loss, list(mixer.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_positions_attend_with_the_probability_alpha():

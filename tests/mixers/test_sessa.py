@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lm.decoder import GatedBlock
-from mixers import build_mixer
+from mixerlab.lm.model.blocks import GatedBlock
+from mixerlab.mixers import build_mixer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sessa_layer.safetensors"
 NAMES = {"ln": "norm", "W_in": "in_proj", "W_out": "out_proj"}

@@ -1,0 +1,193 @@
+"""What happens between steps: metrics, sample text, checkpoints, validations, signs of life.
+
+Lightning's batch is an optimiser step here, so every `on_train_batch_end` is the end of a step.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+
+from mixerlab.data import TextTokenizer
+from mixerlab.lm.model.generation import stream_texts
+from mixerlab.lm.parallel.hang_watch import HangWatch
+from mixerlab.lm.recipe.schema import TrainerConfig
+from mixerlab.lm.run.checkpoint import note_validation, read_meta
+from mixerlab.lm.run.folder import Run
+from mixerlab.lm.training.loggers import TensorBoard
+from mixerlab.lm.training.module import Batch, LanguageModel
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets."""
+
+
+class Metrics(Callback):
+    """Logs what the training steps did: loss and its kin, gradient norm, speed, memory."""
+
+    def __init__(self, every: int, flops_per_token: float):
+        self.every = every
+        self.flops_per_token = flops_per_token
+        self.tokens_per_second = 0.0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._began = 0.0
+
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """Whether the step that ends is reported: reading its loss waits for the GPU."""
+        step = trainer.global_step
+        return step % self.every == 0 or step in (1, trainer.max_steps)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer, pl_module: LanguageModel, outputs, batch: list[Batch], batch_idx: int
+    ) -> None:
+        self._tokens += sum(part["input_ids"].numel() for part in batch) * trainer.world_size
+        if not self.is_due(trainer):
+            return
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - self._began
+        self.tokens_per_second = self._tokens / self._seconds
+        metrics = {f"train/{name}": float(value) for name, value in pl_module.step_metrics.items()}
+        metrics["speed/tokens_per_second"] = self.tokens_per_second
+        if on_gpu:
+            metrics["memory/peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            name = torch.cuda.get_device_name()
+            peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+            if peak is not None:
+                used = self.flops_per_token * self.tokens_per_second / trainer.world_size
+                metrics["speed/MFU"] = used / peak
+        else:
+            unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss: bytes there, KiB on Linux
+            metrics["memory/peak_GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        self._tokens, self._seconds, self._began = 0, 0.0, time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seconds += time.perf_counter() - self._began
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.perf_counter()
+
+
+class SampleText(Callback):
+    """Writes a sample of the model's text at each validation."""
+
+    def __init__(self, tokenizer: TextTokenizer, prompt: str, tokens: int):
+        self.tokenizer, self.prompt, self.tokens = tokenizer, prompt, tokens
+        self.latest = ""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        pieces = stream_texts(
+            pl_module.decoder,
+            self.tokenizer,
+            [self.prompt],
+            max_new_tokens=self.tokens,
+            temperature=0.8,
+            top_p=0.95,
+        )
+        self.latest = self.prompt + "".join(text for _, text in pieces)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoard):
+                logger.log_text("sample", self.latest, trainer.global_step)
+
+
+class Checkpoints(Checkpoint):
+    """Writes checkpoints every so many steps, at the last one, and where a validation is the best so far.
+
+    After the validation of a step if there is one: written before it, a checkpoint would not know what the validation
+    found. Keeps the newest few and the best.
+    """
+
+    def __init__(self, run: Run, trainer: TrainerConfig, hang_watch: HangWatch):
+        self.checkpoints, self.config, self.hang_watch = run.checkpoints, trainer, hang_watch
+        self.best = math.inf
+        self._saved = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        self._saved = trainer.global_step
+        if (best := self.checkpoints.best()) is not None:
+            self.best = read_meta(best)["valid_loss"]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *args: Any) -> None:
+        step = trainer.global_step
+        validates = step % self.config.val_every == 0 or step >= trainer.max_steps
+        if step % self.config.checkpoint_every == 0 and not validates:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        step, loss = trainer.global_step, pl_module.valid_loss
+        is_best = loss is not None and loss < self.best
+        if loss is not None and is_best:
+            self.best = loss
+        folder = self.checkpoints.at(step)
+        if folder.exists() and self._saved == step:  # the run went on from there
+            if trainer.is_global_zero:
+                note_validation(folder, loss, pl_module.valid_rates)
+        elif is_best or step % self.config.checkpoint_every == 0 or step >= trainer.max_steps:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Writes the checkpoint of the step that is done, unless it is the one that the run went on from."""
+        step = trainer.global_step
+        if step == self._saved:
+            return
+        self._saved = step
+        self.hang_watch.moved(f"writing the checkpoint of step {step}")
+        trainer.save_checkpoint(self.checkpoints.at(step))
+        if trainer.is_global_zero:
+            self.checkpoints.prune(self.config.keep_checkpoints)
+
+
+class PendingValidation(Callback):
+    """Makes up for a validation that was due at the step at which the run was interrupted."""
+
+    def __init__(self, val_every: int):
+        self.val_every = val_every
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        step = trainer.global_step
+        if step and step % self.val_every == 0 and pl_module.validated_step != step:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+
+class StopAtTheEnd(Callback):
+    """Makes the last step end with a validation, wherever it falls between two."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+
+
+class SignsOfLife(Callback):
+    """Tells the hang watch that this rank moves, and what it does."""
+
+    def __init__(self, hang_watch: HangWatch):
+        self.hang_watch = hang_watch
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.hang_watch.moved(f"in step {trainer.global_step + 1}")
+
+    def on_before_backward(self, trainer: L.Trainer, *args: Any) -> None:
+        self.hang_watch.moved(f"in the backward pass of step {trainer.global_step + 1}")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.hang_watch.moved(f"after step {trainer.global_step}, reading the next batch")
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.hang_watch.moved(f"validating after step {trainer.global_step}")
+
+    on_validation_batch_end = on_validation_batch_start

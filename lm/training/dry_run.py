@@ -1,0 +1,115 @@
+"""What a recipe would cost, found by building it and running one batch of random tokens through it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mixerlab.data import build_data
+from mixerlab.lm.model.cost import si, size
+from mixerlab.lm.model.precision import to_bf16
+from mixerlab.lm.parallel.processes import device_kind, local_devices
+from mixerlab.lm.parallel.sharding import make_decoder
+from mixerlab.lm.recipe.schema import Recipe
+from mixerlab.lm.run.folder import new_path
+from mixerlab.lm.training.optim import build_optimizer
+
+
+def dry_run(recipe: Recipe, console: Console, command: Sequence[str]) -> None:
+    """Prints parameters by group, FLOPs per token, memory and the run folder. Touches no data, writes nothing."""
+    device, batch = "cpu", recipe.trainer.batch_size
+    if recipe.strategy.accelerator == "gpu" and not torch.cuda.is_available():
+        console.print("no GPU here: one row, uncompiled, on the CPU instead", highlight=False)
+        recipe = replace(recipe, strategy=replace(recipe.strategy, compile=False))
+        batch = 1
+    elif device_kind(recipe.strategy) == "gpu":
+        device = "cuda"
+    data = build_data(recipe.data, recipe.seed)
+    decoder = make_decoder(recipe, data.vocab_size).to(device)
+    low = recipe.trainer.precision != "32"
+    if recipe.trainer.precision == "bf16-true":
+        to_bf16(decoder)
+    build_optimizer(decoder, recipe.optim)
+    seq_len = data.seq_len
+
+    ids = torch.randint(
+        data.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(recipe.seed)
+    )
+    ids = ids.to(device)
+    segment_ids = torch.zeros_like(ids[:, 1:]) if getattr(recipe.data.options, "pack", False) else None
+    kept = _SavedBytes(decoder)
+    with torch.autocast(device, torch.bfloat16, enabled=low), kept:
+        nll, _ = decoder(ids[:, :-1], ids[:, 1:], segment_ids)
+    nll.mean().backward()
+
+    groups = decoder.parameter_groups()
+    total = sum(groups.values())
+    table = Table(
+        "parameters", "number", "share", title=f"{recipe.name}: dry run on {device}", title_justify="left"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group, number in groups.items():
+        table.add_row(group, f"{number:,}", f"{number / total:.1%}")
+    table.add_row("[bold]all", f"[bold]{total:,}", "")
+    console.print(table)
+
+    forward = decoder.flops(seq_len) / seq_len
+    weights = sum(p.nbytes for p in decoder.parameters())
+    rows = {
+        "loss of random tokens": f"{nll.mean().item():.3f} nats (uniform: {math.log(data.vocab_size):.3f})",
+        "FLOPs per token": f"forward {si(forward)}, training {si(3 * forward)}",
+        "one step": f"{recipe.trainer.batch_size} x {recipe.trainer.accumulate} rows of {seq_len} tokens, "
+        f"{si(3 * forward * recipe.trainer.batch_size * recipe.trainer.accumulate * seq_len)} FLOPs",
+        "memory": f"weights {size(weights)}, gradients {size(weights)}, optimiser {size(2 * weights)}, "
+        f"kept for the backward pass of {batch} rows {size(kept.bytes)}",
+        "outputs would go to": str(new_path(recipe)),
+        **launch_lines(recipe, command),
+    }
+    if device == "cuda":
+        rows["peak on the GPU"] = size(torch.cuda.max_memory_allocated())
+    for what, text in rows.items():
+        console.print(f"[bold]{what}[/bold]: {text}", highlight=False, soft_wrap=True)
+
+
+def launch_lines(recipe: Recipe, command: Sequence[str]) -> dict[str, str]:
+    """How to start the run: `command` is the program with its arguments, `python` and --dry-run apart."""
+    line, nodes = shlex.join(command), recipe.strategy.num_nodes
+    wanted = recipe.strategy.devices
+    if nodes == 1:
+        devices = local_devices(recipe.strategy) if wanted == "auto" else wanted
+        many = (
+            {"with torchrun": f"torchrun --standalone --nproc-per-node {devices} {line}"}
+            if devices > 1
+            else {}
+        )
+        return {"start it with": f"python {line}", **many}
+    per_node, tasks = ("gpu", "GPUS") if wanted == "auto" else (wanted, wanted)
+    return {
+        "start it on every machine with": f"torchrun --nnodes {nodes} --nproc-per-node {per_node} "
+        f"--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 {line}",
+        "or under SLURM with": f"srun --nodes {nodes} --ntasks-per-node {tasks} --gpus-per-node {tasks} python {line}",
+    }
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what the forward pass keeps for the backward pass, each storage once, parameters apart."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._seen = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.bytes = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)

@@ -1,0 +1,297 @@
+"""From a recipe to a trained run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's hints; before its import
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from mixerlab.data import DataModule, build_data
+from mixerlab.lm.model.decoder import Decoder
+from mixerlab.lm.model.match import sized
+from mixerlab.lm.model.precision import precision_plugin
+from mixerlab.lm.parallel.hang_watch import HangWatch
+from mixerlab.lm.parallel.processes import World, device_kind, local_devices
+from mixerlab.lm.parallel.sharding import keep_freed_memory, make_decoder, make_mesh
+from mixerlab.lm.parallel.strategies import lightning_strategy
+from mixerlab.lm.recipe.load import Overrides, load_recipe, to_yaml
+from mixerlab.lm.recipe.schema import Recipe
+from mixerlab.lm.run.folder import Run
+from mixerlab.lm.run.start import Start
+from mixerlab.lm.training.batches import Loaders
+from mixerlab.lm.training.callbacks import (
+    Checkpoints,
+    Metrics,
+    PendingValidation,
+    SampleText,
+    SignsOfLife,
+    StopAtTheEnd,
+)
+from mixerlab.lm.training.diagnosis import OutOfMemoryError, is_out_of_memory, memory_advice
+from mixerlab.lm.training.endings import Interruptions
+from mixerlab.lm.training.loggers import CSVMetrics, TensorBoard, compared
+from mixerlab.lm.training.module import LanguageModel
+from mixerlab.lm.training.progress import StepProgress
+from mixerlab.options import ConfigError
+
+
+def train(
+    source: str | Path | Recipe, overrides: Overrides = (), *, console: Console | None = None, **sections: Any
+) -> Run:
+    """Trains a recipe in this process; returns the run, finished.
+
+        run = train("quickstart", model={"mixer": "attention"}, trainer={"steps": 50})
+
+    Args:
+        source: a YAML file, the name of a recipe that comes with mixerlab, or a Recipe.
+        overrides: `key=value` texts, as on the command line.
+        console: what to print on; None: the standard output.
+        sections: the overrides as values: `seed=1, optim={"lr": 1e-3}`.
+
+    Raises:
+        ConfigError, DataError: the recipe or the data are wrong; nothing was trained.
+        NonFiniteError, OutOfMemoryError, InterruptedRun, CheckpointError: the run goes on with `resume="auto"`.
+    """
+    recipe = sized(load_recipe(source, overrides, **sections))
+    if recipe.strategy.num_nodes > 1 or local_devices(recipe.strategy) > 1:
+        raise ConfigError(
+            f"strategy.devices = {recipe.strategy.devices!r}: from Python one process trains; expected "
+            "strategy.devices=1, or the command `mixerlab train`, which starts the others"
+        )
+    return train_with(recipe, console or Console(), World())
+
+
+@dataclass
+class Training:
+    """What a run is made of, once it is known that it can start."""
+
+    recipe: Recipe
+    run: Run
+    start: Start
+    steps: int
+    data: DataModule
+    world: World
+    device: torch.device
+    console: Console
+    deadline: float
+    """When trainer.max_time is over, by time.monotonic()."""
+
+
+def train_with(recipe: Recipe, console: Console, world: World) -> Run:
+    """As `train`, on all processes of `world`, which call this alike; rank 0 prints what came of it."""
+    quiet_libraries()
+    deadline = time.monotonic() + recipe.trainer.max_seconds()
+    device = _device(recipe, world)
+    start = world.ask_main(lambda: Start.find(recipe))
+    if start.run is None and recipe.resume == "auto":
+        console.print(
+            f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one",
+            soft_wrap=True,
+        )
+    data = build_data(recipe.data, recipe.seed)
+    world.ask_main(lambda: _prepare(data))
+    if world.rank and world.local_rank == 0:
+        data.prepare()  # on this machine, unless the cache's folder is shared
+    world.wait_for_all()
+    world.connect(device, recipe.strategy)
+    if world.rank:
+        data.setup()
+    steps = count_steps(recipe, len(data.train_dataset()), data.seq_len, world.size)
+    if world.ask_main(lambda: start.finish(steps)):
+        assert start.run is not None
+        report(start.run, "", console)
+        return start.run
+    say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
+    run = world.ask_main(lambda: start.open(recipe, data, steps, world.size, say))
+    lock = run.lock() if world.rank == 0 else None
+    try:
+        _fit(Training(recipe, run, start, steps, data, world, device, console, deadline))
+    finally:
+        if lock is not None:
+            lock.release()
+    return run
+
+
+def _device(recipe: Recipe, world: World) -> torch.device:
+    """This rank's device, made ready. Raises ConfigError."""
+    if world.ask_main(lambda: device_kind(recipe.strategy)) == "cpu":
+        keep_freed_memory()
+        if world.devices > 1 and "OMP_NUM_THREADS" not in os.environ:
+            # More threads than cores stand in each other's way.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.devices))
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {world.rank}: it should train on GPU {world.local_rank} of its machine, but sees "
+            f"{torch.cuda.device_count()}; start as many processes a machine as it has GPUs, all visible to each"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _prepare(data: DataModule) -> None:
+    """All that can go wrong with the data, on one rank, so that it is said once."""
+    data.prepare()
+    data.setup()
+    data.train_dataset()
+    data.val_datasets()
+
+
+def count_steps(recipe: Recipe, n_rows: int, seq_len: int, n_devices: int = 1) -> int:
+    """Optimiser steps of the run: the recipe's steps, epochs or tokens, rounded up."""
+    trainer = recipe.trainer
+    rows = trainer.rows_per_step(n_devices)
+    if trainer.steps is not None:
+        return trainer.steps
+    if trainer.epochs is not None:
+        return math.ceil(trainer.epochs * n_rows / rows)
+    assert trainer.tokens is not None
+    return math.ceil(trainer.tokens / (rows * seq_len))
+
+
+def _fit(t: Training) -> None:
+    """Trains from the start to the last step, and writes the result."""
+    recipe, data, world = t.recipe, t.data, t.world
+    mesh = make_mesh(recipe.strategy, world, t.device.type)
+    decoder = make_decoder(recipe, data.vocab_size, mesh)
+    module = LanguageModel(
+        recipe, decoder, t.steps, data.token_bytes, tuple(data.val_datasets()), world, t.run
+    )
+    checkpoints = Checkpoints(t.run, recipe.trainer, HangWatch(world, recipe.strategy.timeout))
+    interruptions = Interruptions(checkpoints, world, t.deadline)
+    callbacks = _callbacks(t, decoder, checkpoints, interruptions)
+    loggers: list[Logger] = []
+    if world.rank == 0:
+        loggers = [TensorBoard(t.run.path, t.start.step), CSVMetrics(t.run.path / "metrics.csv", t.start)]
+    trainer = L.Trainer(
+        accelerator="gpu" if t.device.type == "cuda" else "cpu",
+        devices=world.devices,
+        num_nodes=world.nodes,
+        strategy=lightning_strategy(recipe.strategy, world, t.device),
+        max_steps=t.steps,
+        max_epochs=-1,
+        val_check_interval=recipe.trainer.val_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_checkpointing=True,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[
+            precision_plugin(recipe.trainer.precision, t.device.type),
+            *([world.environment] if world.environment else []),
+        ],
+    )
+    _count_from(trainer, t.start.step)
+    _announce(t, decoder, module, loggers)
+    loaders = Loaders(data, recipe.trainer, recipe.seed, t.start.step, world)
+    # Lightning's handlers would end the run without a checkpoint, or wait for ranks that got no signal.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    with interruptions:
+        try:
+            trainer.fit(module, datamodule=loaders, ckpt_path=t.start.checkpoint, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(memory_advice(recipe, trainer.global_step + 1, error)) from error
+            raise
+    if world.rank == 0:
+        t.run.finish(trainer.global_step, module.valid_rates)
+        sample = next((c.latest for c in callbacks if isinstance(c, SampleText)), "")
+        report(t.run, sample, t.console)
+
+
+def _count_from(trainer: L.Trainer, step: int) -> None:
+    """Makes the trainer begin after `step` steps; the checkpoint keeps no other progress of its."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.manual_optimization.optim_step_progress.total.completed = step
+    loop.batch_progress.total.ready = step
+
+
+def _callbacks(
+    t: Training, decoder: Decoder, checkpoints: Checkpoints, interruptions: Interruptions
+) -> list[Callback]:
+    """In the order in which they are called, but that Lightning calls `Checkpoints` last."""
+    logging_config = t.recipe.logging
+    metrics = Metrics(logging_config.every, 3 * decoder.flops(t.data.seq_len) / t.data.seq_len)
+    callbacks: list[Callback] = [SignsOfLife(checkpoints.hang_watch), metrics, StopAtTheEnd()]
+    # With cpu_offload generating would have to know where the states of a decoder's layers belong.
+    if t.data.tokenizer is not None and logging_config.sample_tokens and not t.recipe.strategy.cpu_offload:
+        callbacks.append(
+            SampleText(t.data.tokenizer, logging_config.sample_prompt, logging_config.sample_tokens)
+        )
+    progress = StepProgress(metrics, t.console)
+    return [*callbacks, progress, PendingValidation(t.recipe.trainer.val_every), interruptions, checkpoints]
+
+
+def _announce(t: Training, decoder: Decoder, module: LanguageModel, loggers: Sequence[Logger]) -> None:
+    """Says what is about to be trained, on the console and in TensorBoard."""
+    recipe, world, rows = t.recipe, t.world, t.recipe.trainer.rows_per_step(t.world.size)
+    parameters = sum(p.numel() for p in decoder.parameters())
+    on = {"cuda": "gpu"}.get(t.device.type, "cpu")
+    if world.size > 1:
+        on = f"{world.size} {t.device.type} processes"
+    if world.size > 1 or recipe.strategy.name == "fsdp":
+        on += f" ({'fsdp' if recipe.strategy.name == 'fsdp' else 'ddp'})"
+    t.console.print(
+        f"{recipe.name}: {parameters / 1e6:.2f}M parameters, {t.steps:,} steps of {rows} x {t.data.seq_len} tokens on "
+        f"{on}\nrun folder {t.run.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for logger in loggers:
+        if isinstance(logger, TensorBoard):
+            logger.log_text("recipe", to_yaml(recipe), t.start.step)
+            rates = [f"{name}/{rate}" for name in module.valid_names for rate in module.rate_names]
+            logger.log_comparison(compared(recipe, parameters, t.steps * rows * t.data.seq_len), rates)
+
+
+def report(run: Run, sample: str, console: Console) -> None:
+    """Prints what a run reached, where it lies, and what can be done with it."""
+    if sample:
+        console.print("\n[bold]sample[/bold]")
+        console.print(sample, end="\n\n", markup=False, highlight=False, soft_wrap=True)
+    metrics = run.result
+    steps = metrics.pop("steps")
+    rates = [f"{name.replace('/', ' ').replace('_', ' ')} {v:.4f}" for name, v in metrics.items()]
+    prompt = json.dumps(run.recipe.logging.sample_prompt)
+    for what, text in {
+        "reached    ": f"after {steps} steps: {' · '.join(rates)}",
+        "run folder ": str(run.path),
+        "curves     ": f"tensorboard --logdir {run.path.parent}",
+        "generate   ": f"mixerlab generate {run.path} --prompt {prompt}",
+    }.items():
+        console.print(f"[bold]{what}[/bold]", text, highlight=False, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Silences Lightning's device report, tips and the warnings that do not apply here; others still show."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r".*does not have many workers which may be a bottleneck",  # rows are read from the page cache
+        r".*Checkpoint directory .* exists and is not empty",  # a resumed run's own
+        r".*Found .* module\(s\) in eval mode at the start of training",
+        r"FSDP2-wrapped module .* returned a view tensor",  # nobody writes into it
+        r".*The `srun` command is available on your system but is not used",
+    ):
+        warnings.filterwarnings("ignore", message=message)

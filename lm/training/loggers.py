@@ -1,0 +1,92 @@
+"""Where metrics go: a file of lines that anything can read, and TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
+
+from mixerlab.lm.recipe.check import mixers_of
+from mixerlab.lm.recipe.schema import Recipe
+from mixerlab.lm.run.start import Start
+
+
+class CSVMetrics(Logger):
+    """Appends `step,metric,value` lines to metrics.csv; a resumed run goes on below and drops what it repeats."""
+
+    def __init__(self, path: Any, start: Start | None = None):
+        super().__init__()
+        self.path = path
+        start = start or Start()
+        kept = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit()]
+            # Of the step itself, a validation that is not in the checkpoint is repeated.
+            kept = [
+                row
+                for row in rows
+                if int(row[0]) < start.step
+                or (
+                    int(row[0]) == start.step
+                    and (start.is_validated or row[1].startswith(("train/", "speed/", "memory/")))
+                )
+            ]
+        new = self.path.with_suffix(".new")
+        with new.open("w", newline="") as file:
+            csv.writer(file).writerows([("step", "metric", "value"), *kept])
+        new.replace(self.path)
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The run folder holds the recipe."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerows((step, name, repr(float(value))) for name, value in metrics.items())
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard events in the run folder itself, so that the run's name is what the legend shows."""
+
+    def __init__(self, folder: Any, first_step: int):
+        purge = first_step + 1 if first_step else None
+        super().__init__(folder, name="", version="", default_hp_metric=False, purge_step=purge)
+
+    def log_text(self, tag: str, text: str, step: int) -> None:
+        """Text as it is: an indented block of TensorBoard's Markdown."""
+        block = "\n".join("    " + line for line in text.splitlines())
+        self.experiment.add_text(tag, block, step)
+
+    def log_comparison(self, values: dict[str, Any], metrics: list[str]) -> None:
+        """The run's row of the HPARAMS page: what was chosen, and the tags of the curves whose last value it shows."""
+        for summary in hparams(values, dict.fromkeys(metrics, 0.0)):
+            self.experiment._get_file_writer().add_summary(summary)
+
+    def save(self) -> None:
+        """Flushes; without the hparams.yaml of Lightning, since the run folder holds the recipe."""
+        self.experiment.flush()
+
+
+def compared(recipe: Recipe, parameters: int, tokens: int) -> dict[str, str | float]:
+    """What people compare runs by, in the order of the HPARAMS page."""
+    return {
+        "mixer": "+".join(mixer.name for mixer in mixers_of(recipe)),
+        "parameters": parameters,
+        "d_model": recipe.model.d_model,
+        "n_layers": recipe.model.n_layers,
+        "lr": recipe.optim.lr,
+        "seed": recipe.seed,
+        "tokens": tokens,
+        "block": recipe.model.block,
+        "changed": recipe.label or "",
+    }

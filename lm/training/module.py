@@ -1,0 +1,172 @@
+"""The optimiser step: a decoder, its loss over the labelled positions, its optimiser; and validation.
+
+Letters: B batch, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mixerlab.data.module import IGNORE
+from mixerlab.lm.model.blocks import Diagnostics
+from mixerlab.lm.model.decoder import Decoder
+from mixerlab.lm.parallel.processes import World
+from mixerlab.lm.parallel.strategies import synchronise_gradients
+from mixerlab.lm.recipe.schema import Recipe
+from mixerlab.lm.run.folder import Run
+from mixerlab.lm.training.metrics import TokenMetrics
+from mixerlab.lm.training.non_finite import NonFiniteSteps
+from mixerlab.lm.training.optim import build_optimizer, lr_factor
+from mixerlab.mixers import Mixer
+from mixerlab.options import plain
+
+Batch = dict[str, Tensor]
+
+
+class LanguageModel(L.LightningModule):
+    """Trains a decoder; the loss of a step is the mean over the labelled positions of the global batch.
+
+    Args:
+        recipe: what to train and how.
+        decoder: the model, initialised, and sharded if it shall be.
+        total_steps: optimiser steps of the run, for the schedule.
+        token_bytes: (V,) bytes of text of each token, or None.
+        valid_names: the validation loaders' names, in order.
+        world: this process among all.
+        run: where batches that fail are saved; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        decoder: Decoder,
+        total_steps: int,
+        token_bytes: Tensor | None = None,
+        valid_names: tuple[str, ...] = ("valid",),
+        world: World | None = None,
+        run: Run | None = None,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.recipe = recipe
+        self.decoder = decoder
+        self.total_steps = total_steps
+        self.valid_names = valid_names
+        self.world = world or World()
+        self.non_finite = NonFiniteSteps(recipe, decoder, self.world, run)
+        self.valid_metrics = nn.ModuleDict({name: TokenMetrics(token_bytes) for name in valid_names})
+        # Of the step under way. Its sums are taken once a step, when everyone needs them.
+        self.train_metrics = TokenMetrics(token_bytes, sync_on_compute=False)
+        self.step_metrics: dict[str, Tensor | float] = {}
+        """Loss, gradient norm and so on of the last step."""
+        self.validated_step = -1
+        self.valid_rates: dict[str, float] = {}
+        """What the last validation found, by "loader/rate", and after which step."""
+        for mixer in (m for m in decoder.modules() if isinstance(m, Mixer)):
+            mixer.micro_batches = recipe.trainer.accumulate
+
+    def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
+        """One optimiser step on its micro-batches."""
+        step, optimizer = self.trainer.global_step, cast(torch.optim.Optimizer, self.optimizers())
+        n_labels = sum((batch["labels"] != IGNORE).sum() for batch in micro_batches)
+        # Over all ranks. Gradients are averaged over them, and the loss is a sum over all labels: hence the factor.
+        scale = self.world.size / self.world.sum(cast(Tensor, n_labels))
+        optimizer.zero_grad()
+        for i, batch in enumerate(micro_batches):
+            torch.manual_seed(self.seed_of(step, i))
+            synchronise_gradients(self.trainer.strategy, wanted=i == len(micro_batches) - 1)
+            with self.trainer.precision_plugin.forward_context():
+                nll, correct = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"))
+            self.manual_backward(nll.sum() * scale)
+            self.train_metrics.update(nll, correct, batch["labels"])
+        norm = self.clip_gradients_by_norm()
+        rates = self.train_metrics.compute_over_ranks()
+        rate = self.recipe.optim.lr * lr_factor(step, self.total_steps, self.recipe.optim)
+        self.step_metrics = {**rates, "gradient_norm": norm, "learning_rate": rate}
+        if torch.isfinite(norm + rates["loss"].to(norm.device)):
+            self.non_finite.in_a_row = 0
+        else:  # raises, or leaves no gradients, so that the step changes nothing
+            seeds = [self.seed_of(step, i) for i in range(len(micro_batches))]
+            self.non_finite.handle(self.trainer, float(rates["loss"]), float(norm), micro_batches, seeds)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+
+    def seed_of(self, step: int, micro_batch: int) -> int:
+        """Seed of dropout: of these numbers alone, so that a resumed run draws the same."""
+        number = (step * self.recipe.trainer.accumulate + micro_batch) * self.world.size + self.world.rank
+        return (self.recipe.seed << 32) + number
+
+    def clip_gradients_by_norm(self) -> Tensor:
+        """Scales the gradient down to `optim.grad_clip` where it is larger; returns its norm before that."""
+        limit = self.recipe.optim.grad_clip
+        norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), math.inf if limit is None else limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.decoder, self.recipe.optim)
+
+    def configure_model(self) -> None:
+        """Lightning's FSDP2 strategy asks for this; `parallelize` has done it."""
+
+    # ------------------------------------------------------------------------------------------ validation
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        layers: Diagnostics | None = [] if batch_idx == 0 and dataloader_idx == 0 else None
+        nll, correct = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"), layers)
+        self._metrics_of(self.valid_names[dataloader_idx]).update(nll, correct, batch["labels"])
+        for layer, values in enumerate(layers or []):
+            for name, value in values.items():
+                # TensorBoard sorts by name: these come after the losses.
+                self._report(f"valid_mixers/{name}/layer_{layer}_mean", value.mean())
+                self._report(f"valid_mixers/{name}/layer_{layer}_spread", value.std())
+
+    def on_validation_epoch_end(self) -> None:
+        for name in self.valid_names:
+            metrics = self._metrics_of(name)
+            for rate, value in metrics.compute().items():
+                self._report(f"{name}/{rate}", value)
+                self.valid_rates[f"{name}/{rate}"] = float(value)
+            metrics.reset()
+        self.validated_step = self.trainer.global_step
+
+    @property
+    def rate_names(self) -> list[str]:
+        """What is measured on each validation loader, the first being what people compare."""
+        has_bytes = self._metrics_of(self.valid_names[0]).token_bytes is not None
+        return [*(["bits_per_byte"] if has_bytes else []), "accuracy", "loss", "perplexity"]
+
+    @property
+    def valid_loss(self) -> float | None:
+        """Loss of the first loader in the last validation; None where there was none or it is not finite."""
+        loss = self.valid_rates.get(f"{self.valid_names[0]}/loss", math.nan)
+        return loss if math.isfinite(loss) else None
+
+    def _metrics_of(self, name: str) -> TokenMetrics:
+        return cast(TokenMetrics, self.valid_metrics[name])
+
+    def _report(self, name: str, value: Tensor) -> None:
+        """To the loggers at the number of finished steps."""
+        for logger in self.loggers:
+            logger.log_metrics({name: float(value)}, step=self.trainer.global_step)
+
+    # ----------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        validated = self.validated_step == checkpoint["global_step"]
+        checkpoint["valid_loss"] = self.valid_loss if validated else None
+        checkpoint["metrics"] = self.valid_rates if validated else None
+        checkpoint["rows_per_step"] = self.recipe.trainer.rows_per_step(self.world.size)
+        checkpoint["recipe"] = plain(self.recipe)
+        del checkpoint["loops"]  # of Lightning: all progress follows from the step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.pop("loops", None)  # of an older version
+        if checkpoint.get("metrics") is not None:
+            self.validated_step, self.valid_rates = checkpoint["global_step"], checkpoint["metrics"]

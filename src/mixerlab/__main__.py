@@ -1,0 +1,60 @@
+"""The command line: mixerlab VERB ..., or python -m mixerlab VERB ..."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "train": "train a model from a recipe",
+    "generate": "generate text from a trained run",
+    "validate": "validate a trained run on its own data",
+    "describe": "what a recipe costs: parameters, FLOPs, decoding state",
+    "convert": "make a run folder from a published checkpoint",
+    "checkpoints": "list, check and rewrite a run's checkpoints",
+    "keys": "list every key of a recipe",
+}
+"""A file of lm/commands each."""
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:{width}}  {about}" for verb, about in VERBS.items()]
+    first = ["usage: mixerlab VERB ...", "", "Train decoders whose token mixer is one word in a recipe.", ""]
+    return "\n".join([*first, *lines, "", "mixerlab VERB --help says more of each."])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit code. What the user can mend is said in one line, with exit code 2."""
+    verb, *rest = sys.argv[1:] if arguments is None else arguments or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if verb not in VERBS:
+        from mixerlab.options import one_of
+
+        print(f"error: no verb {verb!r}; {one_of(verb, VERBS)}", file=sys.stderr)
+        return 2
+    return run(importlib.import_module(f"mixerlab.lm.commands.{verb}").main, rest)
+
+
+def run(command, *arguments) -> int:
+    """A command's exit code, its errors made messages."""
+    from mixerlab.options import UserError
+
+    try:
+        return command(*arguments)
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        from mixerlab.kernels.backend import BackendError
+
+        if not isinstance(error, (UserError, BackendError)):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
