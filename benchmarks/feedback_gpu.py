@@ -42,9 +42,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from mixerlab.lm.config import OptimConfig
-from mixerlab.lm.decoder import Decoder
-from mixerlab.lm.optim import build_optimizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -64,7 +61,7 @@ class Sizes:
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)  # T
     tokens: int = 32768  # N, or T where that is more
     width: int = 1024  # D
-    head_width: int = 128  # of attention
+    head_dim: int = 128  # of attention
     caches: tuple[tuple[int, int], ...] = ((1, 1024), (1, 8192), (8, 8192), (32, 8192), (1, 65536))  # (B, L)
     copied: int = 2**30  # bytes, for the rate of copying
     cold: int = 2**28  # bytes written before each run, more than any cache holds
@@ -83,7 +80,7 @@ SMOKE = Sizes(
     lengths=(16, 32),
     tokens=32,
     width=32,
-    head_width=16,
+    head_dim=16,
     caches=((2, 20),),
     copied=2**10,
     cold=2**10,
@@ -238,7 +235,7 @@ def autocast_textbook(bench: Bench, T: int) -> Contestant:
 
 def attention(bench: Bench, T: int, backend: SDPBackend) -> Contestant:
     sizes = bench.sizes
-    shape = (sizes.batch(T), sizes.width // sizes.head_width, T, sizes.head_width)
+    shape = (sizes.batch(T), sizes.width // sizes.head_dim, T, sizes.head_dim)
     inputs = [torch.randn(shape, device=bench.device, dtype=torch.bfloat16) for _ in range(3)]
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -373,6 +370,11 @@ def print_decoding(bench: Bench) -> None:
 def training(bench: Bench, mixer: str, T: int) -> tuple[Contestant, int]:
     """A step of optimisation, and the number of parameters."""
     sizes = bench.sizes
+    # Here, so that the kernels alone need nothing but torch and triton.
+    from mixerlab.lm.model.decoder import Decoder
+    from mixerlab.lm.recipe.schema import OptimConfig
+    from mixerlab.lm.training.optim import build_optimizer
+
     decoder = Decoder(sizes.vocab_size, d_model=sizes.d_model, n_layers=sizes.n_layers, mixer=mixer)
     decoder.initialize(0)
     decoder.to(bench.device)

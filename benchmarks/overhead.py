@@ -16,17 +16,18 @@ from collections.abc import Sequence
 from unittest import mock
 
 import torch
-from mixerlab.lm.batches import Loaders
-from mixerlab.lm.config import Recipe, load_recipe
-from mixerlab.lm.module import LanguageModel
-from mixerlab.lm.optim import build_optimizer, lr_factor
-from mixerlab.lm.processes import World
 from rich.console import Console
 from torch import nn
 
-from mixerlab.lm.parallel import keep_freed_memory
-from mixerlab.lm.run import make_data
-from mixerlab.lm.training import accelerator, make_decoder, train
+from mixerlab.data import build_data
+from mixerlab.lm.parallel.processes import World, device_kind
+from mixerlab.lm.parallel.sharding import keep_freed_memory, make_decoder
+from mixerlab.lm.recipe.load import load_recipe
+from mixerlab.lm.recipe.schema import Recipe
+from mixerlab.lm.training.batches import Loaders
+from mixerlab.lm.training.fit import train
+from mixerlab.lm.training.module import LanguageModel
+from mixerlab.lm.training.optim import build_optimizer, lr_factor
 
 WARM_UP = 10
 
@@ -34,21 +35,21 @@ WARM_UP = 10
 def time_trainer(recipe: Recipe) -> list[float]:
     """Seconds of each step of `train`."""
     starts: list[float] = []
-    noted = LanguageModel.on_train_batch_start
+    step = LanguageModel.training_step
 
     def note(self: LanguageModel, *args) -> None:
         starts.append(time.perf_counter())
-        noted(self, *args)
+        step(self, *args)
 
-    with mock.patch.object(LanguageModel, "on_train_batch_start", note):
-        train(recipe, Console(quiet=True))
+    with mock.patch.object(LanguageModel, "training_step", note):
+        train(recipe, console=Console(quiet=True))
     return differences(starts)
 
 
 def time_bare_loop(recipe: Recipe) -> list[float]:
     """Seconds of each step of the shortest loop that does the same."""
-    device = torch.device("cuda" if accelerator(recipe) == "gpu" else "cpu")
-    data = make_data(recipe)
+    device = torch.device("cuda" if device_kind(recipe.strategy) == "gpu" else "cpu")
+    data = build_data(recipe.data, recipe.seed)
     data.prepare()
     data.setup()
     decoder = make_decoder(recipe, data.vocab_size).to(device).train()
@@ -56,7 +57,7 @@ def time_bare_loop(recipe: Recipe) -> list[float]:
     loader = Loaders(data, recipe.trainer, recipe.seed, 0, World()).train_dataloader()
     low = recipe.trainer.precision != "32"
     starts = []
-    for step, batch in enumerate(loader):
+    for step, (batch,) in enumerate(loader):
         if step == recipe.trainer.steps:
             break
         starts.append(time.perf_counter())

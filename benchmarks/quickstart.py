@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from mixerlab.lm.config import Recipe, load_recipe
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mixerlab.data import Rows
-from mixerlab.lm.run import make_data
-from mixerlab.lm.training import train
+from mixerlab.data import Rows, build_data
+from mixerlab.lm.recipe.load import load_recipe
+from mixerlab.lm.recipe.schema import Recipe
+from mixerlab.lm.training.fit import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -39,7 +39,7 @@ def token_pairs(dataset: Rows, n_rows: int, vocab_size: int) -> np.ndarray:
 
 
 def bigram_bits_per_byte(recipe: Recipe) -> float:
-    data = make_data(recipe)
+    data = build_data(recipe.data, recipe.seed)
     data.prepare()
     data.setup()
     assert data.token_bytes is not None
@@ -75,9 +75,9 @@ def main() -> None:
         name = re.sub(r"\W+", "-", f"quickstart-{mixer}").strip("-")
         recipe = load_recipe(RECIPE, [*args.overrides, f"model.mixer={mixer}", f"name={name}"])
         began = time.perf_counter()
-        result = train(recipe, console)
+        run = train(recipe, console=console)
         seconds = time.perf_counter() - began
-        rows.append((mixer, f"{result.metrics['valid/bits_per_byte']:.3f}", f"{seconds:.0f} s"))
+        rows.append((mixer, f"{run.result['valid/bits_per_byte']:.3f}", f"{seconds:.0f} s"))
     rows.append(("(count bigram)", f"{bigram_bits_per_byte(load_recipe(RECIPE, args.overrides)):.3f}", ""))
     table = Table("mixer", "valid bits per byte", "time", title="quickstart, the same steps")
     for row in rows:

@@ -25,9 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixerlab.lm.checkpoint import find_damage, list_checkpoints, read_meta
 from rich.console import Console
 from rich.progress import Progress
+
+from mixerlab.lm.run.checkpoint import find_damage, read_meta
+from mixerlab.lm.run.folder import Run
 
 ROOT = Path(__file__).parent.parent
 STEPS, VAL_EVERY, CHECKPOINT_EVERY = 60, 7, 5
@@ -52,10 +54,11 @@ KINDS = ("step", "validation", "checkpoint")
 
 # Loaded by the run as a plug-in: notes the rows of every step, and kills its process at the moment it is told.
 FAULT = """
-import json, os, pathlib, shutil, signal, threading, time, zlib
+import json, os, pathlib, signal, threading, time, zlib
 import torch
-import mixerlab.data.cache, lm.checkpoint
-from mixerlab.lm.module import LanguageModel
+from mixerlab import sealed
+from mixerlab.lm.run import checkpoint
+from mixerlab.lm.training.module import LanguageModel
 
 fault = json.loads(os.environ.get("FAULT", "{}"))
 rank = int(os.environ.get("RANK", 0))
@@ -67,15 +70,16 @@ def die(after=0.0):
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=kill).start() if after else kill()
 
-start, validation = LanguageModel.on_train_batch_start, LanguageModel.validation_step
+step, validation = LanguageModel.training_step, LanguageModel.validation_step
 
-def noted(self, batch, i):
-    step = self.trainer.global_step
+def noted(self, micro_batches, i):
+    done = self.trainer.global_step
     with open(os.environ["ROWS"], "a") as file:
-        file.write(f"{step} {i % 2} {rank} {zlib.crc32(batch['input_ids'].numpy().tobytes())}\\\\n")
-    if aimed and fault["kind"] == "step" and step == fault["step"] and i % 2 == fault["instant"] % 2:
+        for n, batch in enumerate(micro_batches):
+            file.write(f"{done} {n} {rank} {zlib.crc32(batch['input_ids'].numpy().tobytes())}\\n")
+    if aimed and fault["kind"] == "step" and done == fault["step"]:
         die(fault["delay"])
-    start(self, batch, i)
+    return step(self, micro_batches, i)
 
 def validated(self, batch, i, *rest):
     here = self.trainer.global_step == fault.get("step") and i == fault["instant"] % 2
@@ -83,7 +87,7 @@ def validated(self, batch, i, *rest):
         die()
     return validation(self, batch, i, *rest)
 
-LanguageModel.on_train_batch_start, LanguageModel.validation_step = noted, validated
+LanguageModel.training_step, LanguageModel.validation_step = noted, validated
 
 if aimed and fault["kind"] == "checkpoint":
     writing, passed = [False], [0]
@@ -98,15 +102,15 @@ if aimed and fault["kind"] == "checkpoint":
                 passed[0] += 1
             return function(*args, **kwargs)
         return wrapped
-    save, publish, prune = torch.save, lm.checkpoint._publish, lm.checkpoint.prune
+    save, publish = torch.save, checkpoint._publish
     torch.save = stage(save)
-    lm.checkpoint.sync, pathlib.Path.rename = stage(lm.checkpoint.sync), stage(pathlib.Path.rename)
+    sealed.sync, pathlib.Path.rename = stage(sealed.sync), stage(pathlib.Path.rename)
     def published(folder, *args):
         writing[0] = int(folder.name.rpartition("-")[2]) >= fault["step"]
         publish(folder, *args)
         if writing[0] and rank:
             os.kill(os.getpid(), signal.SIGKILL)  # this rank has fewer stages
-    lm.checkpoint._publish = published
+    checkpoint._publish = published
 """
 
 
@@ -194,8 +198,9 @@ def kill_again_and_again(
         fault = {"kind": kind, "step": step, "instant": instant, "delay": delay, "rank": rank}
         code = run(strategy, killed, fault, "resume=auto")
         assert code != 0, f"{fault}: the fault did not happen\n{(killed / 'log.txt').read_text()[-3000:]}"
-        damaged = [folder for folder in list_checkpoints(run_folder(killed)) if find_damage(folder)]
-        last = read_meta(list_checkpoints(run_folder(killed))[-1])["global_step"]
+        checkpoints = Run(run_folder(killed)).checkpoints.all()
+        damaged = [folder for folder in checkpoints if find_damage(folder)]
+        last = read_meta(checkpoints[-1])["global_step"]
         trials.append(Trial(strategy, kind, step, instant, rank, last, not damaged))
         progress.advance(task)
     code = run(strategy, killed, None, "resume=auto")
@@ -226,7 +231,7 @@ def end_by_signal(strategy: str, folder: Path, draw: random.Random) -> tuple[str
     time.sleep(draw.uniform(0, 0.2))
     process.send_signal(signum)
     rest, _ = process.communicate(timeout=300)
-    checkpoints = list_checkpoints(run_folder(folder))
+    checkpoints = Run(run_folder(folder)).checkpoints.all()
     reached = read_meta(checkpoints[-1])["global_step"] if checkpoints else 0
     logged = max(int(step) for metric, step in curves(folder) if metric == "train/loss")
     good = process.returncode == 75 and reached == logged and find_damage(checkpoints[-1]) is None

@@ -23,7 +23,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.utils import logging
 
 from mixerlab.kernels.ssd import ssd
-from mixerlab.lm.parallel import keep_freed_memory
+from mixerlab.lm.parallel.sharding import keep_freed_memory
 from mixerlab.mixers import build_mixer
 
 Run = Callable[[], tuple[float, float]]
@@ -65,7 +65,7 @@ def progress(message: str) -> None:
 def operator_runs(args: argparse.Namespace, T: int) -> dict[str, Run]:
     """The SSD operator at length T in each backend, one group."""
     torch.manual_seed(0)
-    B, H, P, N = args.batch, args.heads, args.head_width, args.state
+    B, H, P, N = args.batch, args.heads, args.head_dim, args.state
     x, gradient = torch.randn(B, T, H, P), torch.randn(B, T, H, P)
     dt = torch.empty(B, T, H).uniform_(1e-3, 0.1)
     A = -torch.empty(H).uniform_(1, 16)
@@ -80,14 +80,14 @@ def operator_runs(args: argparse.Namespace, T: int) -> dict[str, Run]:
 def mixer_runs(args: argparse.Namespace, T: int, chunks: list[int]) -> dict[str, Run]:
     """Our mixer at length T, and transformers' with each size of chunks, all of the same weights."""
     torch.manual_seed(0)
-    options = {"name": "mamba2", "d_state": args.state, "head_width": args.head_width}
+    options = {"name": "mamba2", "d_state": args.state, "head_dim": args.head_dim}
     ours = build_mixer(options, args.width)
     mixers: dict[str, nn.Module] = {"ours": ours}
     for chunk in chunks:
         config = Mamba2Config(
             hidden_size=args.width,
             num_heads=args.heads,
-            head_dim=args.head_width,
+            head_dim=args.head_dim,
             state_size=args.state,
             n_groups=1,
             chunk_size=chunk,
@@ -117,7 +117,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=2, help="B (default: %(default)s)")
     parser.add_argument("--width", type=int, default=256, help="D (default: %(default)s)")
-    parser.add_argument("--head-width", type=int, default=64, help="P (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=64, help="P (default: %(default)s)")
     parser.add_argument("--state", type=int, default=64, help="N (default: %(default)s)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="T of the operator's table"
@@ -138,11 +138,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    args.heads = 2 * args.width // args.head_width
+    args.heads = 2 * args.width // args.head_dim
     logging.set_verbosity_error()  # that the fused kernels are not installed
 
     print(
-        f"B = {args.batch}, D = {args.width}, {args.heads} heads of {args.head_width}, state {args.state},",
+        f"B = {args.batch}, D = {args.width}, {args.heads} heads of {args.head_dim}, state {args.state},",
         end=" ",
     )
     print(f"float32, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}\n")

@@ -20,13 +20,20 @@ from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.strategies import synchronise_gradients
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.folder import Run
-from mixerlab.lm.training.metrics import TokenMetrics
+from mixerlab.lm.training.metrics import TokenMetrics, rates, token_sums
 from mixerlab.lm.training.non_finite import NonFiniteSteps
 from mixerlab.lm.training.optim import build_optimizer, lr_factor
 from mixerlab.mixers import Mixer
 from mixerlab.options import plain
 
 Batch = dict[str, Tensor]
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """As torch.manual_seed, which takes longer, since it asks for every kind of device there could be."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 class LanguageModel(L.LightningModule):
@@ -61,8 +68,7 @@ class LanguageModel(L.LightningModule):
         self.world = world or World()
         self.non_finite = NonFiniteSteps(recipe, decoder, self.world, run)
         self.valid_metrics = nn.ModuleDict({name: TokenMetrics(token_bytes) for name in valid_names})
-        # Of the step under way. Its sums are taken once a step, when everyone needs them.
-        self.train_metrics = TokenMetrics(token_bytes, sync_on_compute=False)
+        self.token_bytes = token_bytes
         self.step_metrics: dict[str, Tensor | float] = {}
         """Loss, gradient norm and so on of the last step."""
         self.validated_step = -1
@@ -74,28 +80,29 @@ class LanguageModel(L.LightningModule):
     def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
         """One optimiser step on its micro-batches."""
         step, optimizer = self.trainer.global_step, cast(torch.optim.Optimizer, self.optimizers())
-        n_labels = sum((batch["labels"] != IGNORE).sum() for batch in micro_batches)
+        labelled = torch.stack([(batch["labels"] != IGNORE).sum() for batch in micro_batches])
         # Over all ranks. Gradients are averaged over them, and the loss is a sum over all labels: hence the factor.
-        scale = self.world.size / self.world.sum(cast(Tensor, n_labels))
+        scale = self.world.size / self.world.sum(labelled.sum())
+        sums = labelled.new_zeros(4, dtype=torch.float64)
         optimizer.zero_grad()
         for i, batch in enumerate(micro_batches):
-            torch.manual_seed(self.seed_of(step, i))
+            seed_dropout(self.seed_of(step, i), batch["labels"].device)
             synchronise_gradients(self.trainer.strategy, wanted=i == len(micro_batches) - 1)
             with self.trainer.precision_plugin.forward_context():
                 nll, correct = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"))
             self.manual_backward(nll.sum() * scale)
-            self.train_metrics.update(nll, correct, batch["labels"])
+            sums += token_sums(nll, correct, batch["labels"], self.token_bytes)
         norm = self.clip_gradients_by_norm()
-        rates = self.train_metrics.compute_over_ranks()
-        rate = self.recipe.optim.lr * lr_factor(step, self.total_steps, self.recipe.optim)
-        self.step_metrics = {**rates, "gradient_norm": norm, "learning_rate": rate}
-        if torch.isfinite(norm + rates["loss"].to(norm.device)):
+        found = rates(self.world.sum(sums), self.token_bytes is not None)
+        lr = self.recipe.optim.lr * lr_factor(step, self.total_steps, self.recipe.optim)
+        self.step_metrics = {**found, "gradient_norm": norm, "learning_rate": lr}
+        if torch.isfinite(norm + found["loss"].to(norm.device)):
             self.non_finite.in_a_row = 0
         else:  # raises, or leaves no gradients, so that the step changes nothing
             seeds = [self.seed_of(step, i) for i in range(len(micro_batches))]
-            self.non_finite.handle(self.trainer, float(rates["loss"]), float(norm), micro_batches, seeds)
+            self.non_finite.handle(self.trainer, float(found["loss"]), float(norm), micro_batches, seeds)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         optimizer.step()
 
     def seed_of(self, step: int, micro_batch: int) -> int:
@@ -139,8 +146,7 @@ class LanguageModel(L.LightningModule):
     @property
     def rate_names(self) -> list[str]:
         """What is measured on each validation loader, the first being what people compare."""
-        has_bytes = self._metrics_of(self.valid_names[0]).token_bytes is not None
-        return [*(["bits_per_byte"] if has_bytes else []), "accuracy", "loss", "perplexity"]
+        return [*(["bits_per_byte"] if self.token_bytes is not None else []), "accuracy", "loss", "perplexity"]
 
     @property
     def valid_loss(self) -> float | None:
