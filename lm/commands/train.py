@@ -58,15 +58,14 @@ def main(arguments: Sequence[str], program: Sequence[str] = ("-P", "-m", "mixerl
     if args.print_config:
         print(to_yaml(recipe), end="")
         return 0
-    command = [*program, *(argument for argument in arguments if argument != "--dry-run")]
     if args.dry_run:
         from mixerlab.lm.training.dry_run import dry_run
 
-        dry_run(recipe, console, command)
+        dry_run(recipe, console, [argument for argument in arguments if argument != "--dry-run"])
         return 0
     from mixerlab.lm.parallel.processes import start
     from mixerlab.lm.training.endings import exit_code_of
     from mixerlab.lm.training.fit import train_with
 
-    world = start(recipe.strategy, [sys.executable, *command])
+    world = start(recipe.strategy, [sys.executable, *program, *arguments])
     return exit_code_of(lambda: train_with(recipe, console, world), world, console)

@@ -94,15 +94,12 @@ def differing_keys(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, A
 
 # ------------------------------------------------------------------------------------------------ labels
 
-UNLABELLED = (
-    "name",
-    "label",
-    "resume",
-    "plugins",
-    "logging.",
-    "strategy.",
-    "data.cache_dir",
-    "trainer.num_workers",
+UNLABELLED = tuple(
+    f"{key}."
+    for key in (
+        *("name", "label", "resume", "plugins", "logging", "strategy"),
+        *("data.cache_dir", "trainer.num_workers", "trainer.max_time"),
+    )
 )
 """Keys that say where and how a run trains, and do not tell one of an ablation from another."""
 LONGEST_VALUE, LONGEST_LABEL = 32, 100
@@ -113,7 +110,7 @@ def label(changes: dict[str, Any]) -> str | None:
     parts = [
         f"{key.removesuffix('.name').rpartition('.')[2]}={_short(value)}"
         for key, value in _leaves(changes)
-        if not key.startswith(UNLABELLED)
+        if not f"{key}.".startswith(UNLABELLED)
     ]
     whole = ""
     for n, part in enumerate(parts):
@@ -137,7 +134,7 @@ def _short(value: Any) -> str:
     elif isinstance(value, dict):  # a mixer with options, in a list
         text = str(value.get("name", ""))
     else:
-        text = f"{value:g}" if isinstance(value, float) else show(value).strip("'\"")
+        text = f"{value:g}" if isinstance(value, float) else show(value).strip("'\"").rpartition("/")[2]
     return re.sub(r"[^\w.+=]+", "_", text)[:LONGEST_VALUE].strip("_") or "none"
 
 

@@ -168,6 +168,10 @@ class Run:
         rows = pd.read_csv(self.path / "metrics.csv")
         return rows.pivot_table(index="step", columns="metric", values="value", aggfunc="last")
 
+    @property
+    def has_tokenizer(self) -> bool:
+        return (self.path / "tokenizer_config.json").is_file()
+
     def tokenizer(self) -> TextTokenizer:
         """Raises ConfigError if the run's data had none."""
         tokenizer = load_tokenizer(self.path)

@@ -21,7 +21,7 @@ from mixerlab.lm.run.folder import new_path
 from mixerlab.lm.training.optim import build_optimizer
 
 
-def dry_run(recipe: Recipe, console: Console, command: Sequence[str]) -> None:
+def dry_run(recipe: Recipe, console: Console, arguments: Sequence[str]) -> None:
     """Prints parameters by group, FLOPs per token, memory and the run folder. Touches no data, writes nothing."""
     device, batch = "cpu", recipe.trainer.batch_size
     if recipe.strategy.accelerator == "gpu" and not torch.cuda.is_available():
@@ -70,7 +70,7 @@ def dry_run(recipe: Recipe, console: Console, command: Sequence[str]) -> None:
         "memory": f"weights {size(weights)}, gradients {size(weights)}, optimiser {size(2 * weights)}, "
         f"kept for the backward pass of {batch} rows {size(kept.bytes)}",
         "outputs would go to": str(new_path(recipe)),
-        **launch_lines(recipe, command),
+        **launch_lines(recipe, arguments),
     }
     if device == "cuda":
         rows["peak on the GPU"] = size(torch.cuda.max_memory_allocated())
@@ -78,23 +78,19 @@ def dry_run(recipe: Recipe, console: Console, command: Sequence[str]) -> None:
         console.print(f"[bold]{what}[/bold]: {text}", highlight=False, soft_wrap=True)
 
 
-def launch_lines(recipe: Recipe, command: Sequence[str]) -> dict[str, str]:
-    """How to start the run: `command` is the program with its arguments, `python` and --dry-run apart."""
-    line, nodes = shlex.join(command), recipe.strategy.num_nodes
+def launch_lines(recipe: Recipe, arguments: Sequence[str]) -> dict[str, str]:
+    """How to start the run; `arguments` are those of `mixerlab train`, without --dry-run."""
+    line, nodes = f"mixerlab train {shlex.join(arguments)}", recipe.strategy.num_nodes
     wanted = recipe.strategy.devices
     if nodes == 1:
         devices = local_devices(recipe.strategy) if wanted == "auto" else wanted
-        many = (
-            {"with torchrun": f"torchrun --standalone --nproc-per-node {devices} {line}"}
-            if devices > 1
-            else {}
-        )
-        return {"start it with": f"python {line}", **many}
+        torchrun = f"torchrun --standalone --nproc-per-node {devices} -m {line}"
+        return {"start it with": line} | ({"with torchrun": torchrun} if devices > 1 else {})
     per_node, tasks = ("gpu", "GPUS") if wanted == "auto" else (wanted, wanted)
     return {
         "start it on every machine with": f"torchrun --nnodes {nodes} --nproc-per-node {per_node} "
-        f"--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 {line}",
-        "or under SLURM with": f"srun --nodes {nodes} --ntasks-per-node {tasks} --gpus-per-node {tasks} python {line}",
+        f"--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 -m {line}",
+        "or under SLURM with": f"srun --nodes {nodes} --ntasks-per-node {tasks} --gpus-per-node {tasks} {line}",
     }
 
 

@@ -272,13 +272,15 @@ def report(run: Run, sample: str, console: Console) -> None:
     metrics = run.result
     steps = metrics.pop("steps")
     rates = [f"{name.replace('/', ' ').replace('_', ' ')} {v:.4f}" for name, v in metrics.items()]
-    prompt = json.dumps(run.recipe.logging.sample_prompt)
-    for what, text in {
+    lines = {
         "reached    ": f"after {steps} steps: {' · '.join(rates)}",
         "run folder ": str(run.path),
         "curves     ": f"tensorboard --logdir {run.path.parent}",
-        "generate   ": f"mixerlab generate {run.path} --prompt {prompt}",
-    }.items():
+    }
+    if run.has_tokenizer:
+        prompt = json.dumps(run.recipe.logging.sample_prompt)
+        lines["generate   "] = f"mixerlab generate {run.path} --prompt {prompt}"
+    for what, text in lines.items():
         console.print(f"[bold]{what}[/bold]", text, highlight=False, soft_wrap=True)
 
 

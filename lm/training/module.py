@@ -67,7 +67,7 @@ class LanguageModel(L.LightningModule):
         self.valid_names = valid_names
         self.world = world or World()
         self.non_finite = NonFiniteSteps(recipe, decoder, self.world, run)
-        self.valid_metrics = nn.ModuleDict({name: TokenMetrics(token_bytes) for name in valid_names})
+        self.valid_metrics = nn.ModuleList(TokenMetrics(token_bytes) for _ in valid_names)
         self.token_bytes = token_bytes
         self.step_metrics: dict[str, Tensor | float] = {}
         """Loss, gradient norm and so on of the last step."""
@@ -127,7 +127,7 @@ class LanguageModel(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         layers: Diagnostics | None = [] if batch_idx == 0 and dataloader_idx == 0 else None
         nll, correct = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"), layers)
-        self._metrics_of(self.valid_names[dataloader_idx]).update(nll, correct, batch["labels"])
+        cast(TokenMetrics, self.valid_metrics[dataloader_idx]).update(nll, correct, batch["labels"])
         for layer, values in enumerate(layers or []):
             for name, value in values.items():
                 # TensorBoard sorts by name: these come after the losses.
@@ -135,8 +135,8 @@ class LanguageModel(L.LightningModule):
                 self._report(f"valid_mixers/{name}/layer_{layer}_spread", value.std())
 
     def on_validation_epoch_end(self) -> None:
-        for name in self.valid_names:
-            metrics = self._metrics_of(name)
+        for name, metrics in zip(self.valid_names, self.valid_metrics, strict=True):
+            assert isinstance(metrics, TokenMetrics)
             for rate, value in metrics.compute().items():
                 self._report(f"{name}/{rate}", value)
                 self.valid_rates[f"{name}/{rate}"] = float(value)
@@ -153,9 +153,6 @@ class LanguageModel(L.LightningModule):
         """Loss of the first loader in the last validation; None where there was none or it is not finite."""
         loss = self.valid_rates.get(f"{self.valid_names[0]}/loss", math.nan)
         return loss if math.isfinite(loss) else None
-
-    def _metrics_of(self, name: str) -> TokenMetrics:
-        return cast(TokenMetrics, self.valid_metrics[name])
 
     def _report(self, name: str, value: Tensor) -> None:
         """To the loggers at the number of finished steps."""
