@@ -1,7 +1,5 @@
 """mixerlab checkpoints: a run's checkpoints listed, checked, and rewritten as one file or as shards."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

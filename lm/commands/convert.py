@@ -1,7 +1,5 @@
 """mixerlab convert: a published Mamba or Mamba-2 checkpoint as a run folder."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """mixerlab describe: what a recipe's decoder costs, for one or several mixers side by side."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Sequence

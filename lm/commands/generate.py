@@ -1,7 +1,5 @@
 """mixerlab generate: text from a trained run."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """mixerlab keys: every key of a recipe, as the Markdown of docs/recipes.md."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """mixerlab train: a recipe and overrides in, a trained run folder out."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

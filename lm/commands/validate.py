@@ -1,7 +1,5 @@
 """mixerlab validate: the validation losses of a trained run."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ parameter or leaves nothing behind.
 Letters: V vocabulary.
 """
 
-from __future__ import annotations
-
 import shlex
 import tempfile
 from collections.abc import Iterator

@@ -6,12 +6,10 @@ code. What this code cannot represent is refused.
 Letters: D model width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mixerlab.options import ConfigError
 
@@ -26,7 +24,7 @@ class Published:
         self.path, self.values, self.prefix = path, values, prefix
 
     @classmethod
-    def read(cls, path: Path) -> Published:
+    def read(cls, path: Path) -> Self:
         """The mapping in a file."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -57,11 +55,11 @@ class Published:
         if key in self.values and self.values[key] != supported:
             raise self.problem(key, f"{json.dumps(supported)}{why and ', ' + why}")
 
-    def section(self, key: str) -> Published:
+    def section(self, key: str) -> Self:
         value = self.values.get(key, {})
         if not isinstance(value, dict):
             raise self.problem(key, "a mapping")
-        return Published(self.path, value, f"{self.prefix}{key}.")
+        return type(self)(self.path, value, f"{self.prefix}{key}.")
 
     def step_limits(self, key: str) -> list[float]:
         """Bounds of the step size. Infinity is a tagged mapping in newer files of transformers."""

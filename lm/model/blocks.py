@@ -3,8 +3,6 @@
 Letters: B batch, T time, D model width, F hidden width of the MLP.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

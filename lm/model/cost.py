@@ -1,7 +1,5 @@
 """What a recipe's decoder costs: parameters, FLOPs, decoding state."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Letters: B batch, T time, D model width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Container, Mapping, Sequence

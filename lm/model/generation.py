@@ -3,8 +3,6 @@
 Letters: B prompts, V vocabulary.
 """
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Iterator, Sequence
 

@@ -3,8 +3,6 @@
 Letters: B batch, T time, D model width, V vocabulary, n positions of a piece.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Letters: D model width, F MLP width.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import replace

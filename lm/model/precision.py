@@ -1,7 +1,5 @@
 """Training in low precision."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

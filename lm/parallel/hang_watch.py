@@ -1,7 +1,5 @@
 """A rank that stops is found and named, and the run ended, instead of all waiting for it."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import sys

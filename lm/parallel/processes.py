@@ -4,8 +4,6 @@ One process per device. Several on this machine are started here; on several mac
 and their environment variables say who is who. Rank 0 of all is the main process.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import socket

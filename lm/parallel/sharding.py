@@ -1,7 +1,5 @@
 """What is done to a decoder for speed, memory and many devices."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import sys

@@ -1,7 +1,5 @@
 """Lightning's side of one process, DDP and FSDP2: checkpoints of ours, and gradients that meet once a step."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from datetime import timedelta

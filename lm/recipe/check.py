@@ -1,7 +1,5 @@
 """From plain mappings to a Recipe that can be run, or an error that names the key."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

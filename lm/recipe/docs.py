@@ -1,7 +1,5 @@
 """Every key of a recipe in Markdown, from the dataclasses: docs/recipes.md."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass

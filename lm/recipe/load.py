@@ -3,8 +3,6 @@
 Defaults, then the `base:` recipe, then the recipe, then `key=value` overrides. Nothing is built on the way.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import re
@@ -92,8 +90,6 @@ def differing_keys(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, A
         yield path, a, b
 
 
-# ------------------------------------------------------------------------------------------------ labels
-
 UNLABELLED = tuple(
     f"{key}."
     for key in (
@@ -136,9 +132,6 @@ def _short(value: Any) -> str:
     else:
         text = f"{value:g}" if isinstance(value, float) else show(value).strip("'\"").rpartition("/")[2]
     return re.sub(r"[^\w.+=]+", "_", text)[:LONGEST_VALUE].strip("_") or "none"
-
-
-# --------------------------------------------------------------------------------------------- reading
 
 
 def find_recipe(source: str | Path, folder: Path = Path()) -> Path:

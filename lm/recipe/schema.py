@@ -1,7 +1,5 @@
 """The dataclasses that are the schema of a recipe: every key, its type, default, limits and meaning."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

@@ -9,8 +9,6 @@
 Files hold plain tensors, numbers, texts, lists and dicts, and are read with torch.load(weights_only=True).
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import shutil
@@ -151,8 +149,6 @@ def find_damage(folder: Path) -> str | None:
     return problem
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
 NOTED = ("valid_loss", "metrics")
 """What a validation after the checkpoint was written may add, in meta.json alone."""
 
@@ -234,9 +230,6 @@ def _together(gather: Gather, folder: Path, work: Callable[[], Any] | None) -> l
 def _free_space(folder: Path) -> str:
     existing = next((path for path in folder.parents if path.exists()), None)
     return f" ({shutil.disk_usage(existing).free / 1e9:.2f} GB are free there)" if existing else ""
-
-
-# ---------------------------------------------------------------------------------------------- reading
 
 
 def read(folder: str | Path, whole: bool = True) -> dict[str, Any]:

@@ -11,8 +11,6 @@ runs/<recipe name>/<time>-<label>/
     result.json         the final metrics; its presence marks a finished run
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re
@@ -23,7 +21,7 @@ from datetime import datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -52,7 +50,7 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     @classmethod
-    def create(cls, recipe: Recipe) -> Run:
+    def create(cls, recipe: Recipe) -> Self:
         """Makes the folder of a new run, with the recipe and the environment in it. Raises ConfigError."""
         run = cls(new_path(recipe))
         try:
@@ -67,7 +65,7 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> Run:
+    def open(cls, path: str | Path) -> Self:
         """The run in a folder. Raises ConfigError unless it has a recipe and a checkpoint."""
         path = Path(path)
         if not path.is_dir():
@@ -83,8 +81,6 @@ class Run:
             if not found:
                 raise ConfigError(f"run folder {path}: it has no {name}, so there is nothing to load")
         return run
-
-    # ------------------------------------------------------------------------------------------ what it is
 
     @property
     def has_recipe(self) -> bool:
@@ -126,8 +122,6 @@ class Run:
         differing = differing_keys(plain(self.recipe), plain(recipe))
         return [d for d in differing if d[0] not in ("resume", "name", "label", "logging.dir")]
 
-    # --------------------------------------------------------------------------------------- while it trains
-
     def lock(self) -> FileLock:
         """The run's lock, held by the process that trains it. Raises ConfigError if another process does."""
         lock = FileLock(self.path / ".lock")
@@ -151,8 +145,6 @@ class Run:
     def reopen(self) -> None:
         """Marks the run as unfinished again."""
         (self.path / "result.json").unlink(missing_ok=True)
-
-    # ----------------------------------------------------------------------------------------- when it is done
 
     @property
     def is_finished(self) -> bool:

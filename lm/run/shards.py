@@ -3,8 +3,6 @@
 A file's tree is nested dicts and lists, in which a sharded tensor is a mapping with its rows and where they start.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,11 +1,9 @@
 """What a run begins from: nothing, or the last checkpoint of an earlier one that it continues."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mixerlab.data import DataModule
 from mixerlab.lm.recipe.schema import HORIZONS, Recipe
@@ -53,7 +51,7 @@ class Start:
         return self.checkpoint is None or self.meta.get("metrics") is not None
 
     @classmethod
-    def find(cls, recipe: Recipe) -> Start:
+    def find(cls, recipe: Recipe) -> Self:
         """What `resume` asks for. Raises ConfigError if a run is named that cannot be continued."""
         run = _find_run(recipe)
         checkpoint = run.checkpoints.last() if run else None

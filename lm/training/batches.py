@@ -1,7 +1,5 @@
 """Which rows make up which step: arithmetic on the seed and the step, so that a run can resume."""
 
-from __future__ import annotations
-
 import math
 import signal
 from collections.abc import Iterator

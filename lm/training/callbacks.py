@@ -3,8 +3,6 @@
 Lightning's batch is an optimiser step here, so every `on_train_batch_end` is the end of a step.
 """
 
-from __future__ import annotations
-
 import math
 import resource
 import sys
@@ -190,4 +188,5 @@ class SignsOfLife(Callback):
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self.hang_watch.moved(f"validating after step {trainer.global_step}")
 
-    on_validation_batch_end = on_validation_batch_start
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.hang_watch.moved(f"validating after step {trainer.global_step}")

@@ -1,7 +1,5 @@
 """What went wrong in a step: the module that produced the first number that is not finite, or the memory it took."""
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a recipe would cost, found by building it and running one batch of random tokens through it."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """How a run ends: by signals and time limits with a checkpoint, and every way with an exit code of its own."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os
@@ -11,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -47,7 +45,7 @@ class Interruptions(Callback):
         self._when = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interruptions:
+    def __enter__(self) -> Self:
         """Takes over the signals; to be left when training is over."""
         if threading.current_thread() is threading.main_thread():
             for signum in self.SIGNALS:

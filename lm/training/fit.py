@@ -1,7 +1,5 @@
 """From a recipe to a trained run."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Where metrics go: a file of lines that anything can read, and TensorBoard."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from pathlib import Path

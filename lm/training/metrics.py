@@ -3,8 +3,6 @@
 Letters: B batch, T time, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 Letters: B batch, T time, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, cast
 
@@ -122,8 +120,6 @@ class LanguageModel(L.LightningModule):
     def configure_model(self) -> None:
         """Lightning's FSDP2 strategy asks for this; `parallelize` has done it."""
 
-    # ------------------------------------------------------------------------------------------ validation
-
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         layers: Diagnostics | None = [] if batch_idx == 0 and dataloader_idx == 0 else None
         nll, correct = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"), layers)
@@ -146,7 +142,12 @@ class LanguageModel(L.LightningModule):
     @property
     def rate_names(self) -> list[str]:
         """What is measured on each validation loader, the first being what people compare."""
-        return [*(["bits_per_byte"] if self.token_bytes is not None else []), "accuracy", "loss", "perplexity"]
+        return [
+            *(["bits_per_byte"] if self.token_bytes is not None else []),
+            "accuracy",
+            "loss",
+            "perplexity",
+        ]
 
     @property
     def valid_loss(self) -> float | None:
@@ -158,8 +159,6 @@ class LanguageModel(L.LightningModule):
         """To the loggers at the number of finished steps."""
         for logger in self.loggers:
             logger.log_metrics({name: float(value)}, step=self.trainer.global_step)
-
-    # ----------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         validated = self.validated_step == checkpoint["global_step"]

@@ -1,7 +1,5 @@
 """A step whose loss or gradient is not a number: found out where it began, saved, and left out or the run ended."""
 
-from __future__ import annotations
-
 import logging
 
 import lightning as L

@@ -1,7 +1,5 @@
 """The line that a user watches while a run trains."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning as L

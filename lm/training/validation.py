@@ -1,7 +1,5 @@
 """Validating a run after it was trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -3,8 +3,6 @@
 from mixerlab import load_recipe, open_run, train
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

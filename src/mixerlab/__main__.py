@@ -1,7 +1,5 @@
 """The command line: mixerlab VERB ..., or python -m mixerlab VERB ..."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence

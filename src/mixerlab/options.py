@@ -3,8 +3,6 @@
 The bottom of the package: it imports nothing else of it, so that mixers, data and lm can share it.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import math
@@ -28,9 +26,6 @@ class ConfigError(UserError):
 
 class PluginError(ConfigError):
     """An installed package promises something and does not deliver it."""
-
-
-# ----------------------------------------------------------------------------------------------- options
 
 
 def option(
@@ -200,9 +195,6 @@ def one_of(given: Any, valid: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ----------------------------------------------------------------------------------------------- choices
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 A sealed folder has a meta.json with the size and checksum of every other file in it, and what its owner notes there.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -2,7 +2,9 @@
 
 import os
 import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,17 +24,16 @@ VARIANTS = {
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_text(tmp_path_factory, name, check):
-    folder = tmp_path_factory.mktemp("text")
+def test_text(tmp_path, name, check):
     for i in range(60):
-        (folder / f"{i:02}.txt").write_text(f"Document {i} says {'ha ' * (i % 7)}€.\n", encoding="utf-8")
+        (tmp_path / f"{i:02}.txt").write_text(f"Document {i} says {'ha ' * (i % 7)}€.\n", encoding="utf-8")
     options = {
         "name": "text",
         "source": "files",
-        "files": f"{folder}/*.txt",
+        "files": f"{tmp_path}/*.txt",
         "valid_fraction": 0.3,
         "seq_len": 48,
-        "cache_dir": str(folder / "cache"),
+        "cache_dir": str(tmp_path / "cache"),
         **VARIANTS[name],
     }
     check(lambda seed: build_data(options, seed))
@@ -99,7 +100,7 @@ def rows_with(change):
             row = super().row(i, generator)
             return change(row, i) or row
 
-    return lambda seed: Toy(seed, Changed)
+    return partial(Toy, rows=Changed)
 
 
 def set_items(name, where, value):
@@ -241,7 +242,7 @@ def test_rows_that_differ_from_reading_to_reading_are_told():
         with pytest.raises(
             AssertionError, match=r"train_dataset\(\)\[19\] is another when it is asked for again"
         ):
-            contract.check_repeated_rows(lambda seed, rows=rows: Toy(seed, rows))
+            contract.check_repeated_rows(partial(Toy, rows=rows))
 
 
 def test_rows_that_differ_from_instance_to_instance_are_told():
@@ -258,7 +259,7 @@ class OfThisProcess(ToyRows):
 @pytest.mark.usefixtures("importable")
 def test_rows_that_differ_from_process_to_process_are_told():
     with pytest.raises(AssertionError, match=r"train_dataset\(\)\[0\] is another in another process"):
-        contract.check_another_process(lambda seed: Toy(seed, OfThisProcess))
+        contract.check_another_process(partial(Toy, rows=OfThisProcess))
 
 
 def test_rows_that_cannot_go_to_another_process_are_told():
@@ -282,12 +283,12 @@ class Wrapping(ToyRows):
 
 def test_an_index_that_counts_from_the_end_or_beyond_it_is_told():
     with pytest.raises(AssertionError, match=r"train_dataset\(\)\[-1\] of 20 rows gives one"):
-        contract.check_index(lambda seed: Toy(seed, Wrapping))
+        contract.check_index(partial(Toy, rows=Wrapping))
 
 
 def test_sizes_that_are_not_known_in_time_are_told():
     class Late(Toy):
-        vocab_size = None
+        vocab_size: Any = None
 
         def setup(self):
             self.vocab_size = V

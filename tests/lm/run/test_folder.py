@@ -1,0 +1,226 @@
+"""Run folders: their names, what is in them, and what is said where something is missing."""
+
+import json
+from datetime import datetime, timedelta
+
+import pandas as pd
+import pytest
+import torch
+from mixerlab.lm.recipe.load import load_recipe, to_yaml
+from mixerlab.lm.run import folder as module
+from mixerlab.lm.run.checkpoint import CheckpointError, save
+from mixerlab.lm.run.folder import Run, check_model, new_path, runs_of
+from mixerlab.options import ConfigError, plain
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A time that advances by a second whenever it is asked for."""
+
+    class Clock:
+        time = datetime(2026, 3, 4, 15, 16, 2)
+
+        @classmethod
+        def now(cls):
+            cls.time += timedelta(seconds=1)
+            return cls.time
+
+    monkeypatch.setattr(module, "datetime", Clock)
+    return Clock
+
+
+def test_a_new_run_holds_its_recipe_and_where_it_runs(recipe):
+    wanted = recipe("seed=3", "resume=auto")
+    run = Run.create(wanted)
+    assert run.checkpoints.all() == []
+    assert run.checkpoints.folder.is_dir()
+    assert run.has_recipe
+    assert run.recipe.seed == 3
+    assert run.recipe.resume is None
+    assert load_recipe(run.path / "recipe.yaml").model == wanted.model
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert {"started", "python", "mixerlab", "lightning", "device", "git_commit", "command"} <= set(environment)
+
+
+def test_the_name_is_the_time_and_the_label_with_a_number_where_that_is_taken(recipe, clock, tmp_path):
+    plain_run, attention = recipe(), recipe("model.mixer=attention", "seed=1")
+    names = [Run.create(made).path for made in (plain_run, attention, attention, attention, plain_run)]
+    assert [path.name for path in names] == [
+        "20260304-1516",
+        "20260304-1516-mixer=attention-seed=1",
+        "20260304-1516-mixer=attention-seed=1-2",
+        "20260304-1516-mixer=attention-seed=1-3",
+        "20260304-1516-2",
+    ]
+    assert {path.parent for path in names} == {tmp_path / "runs" / "tiny"}
+    assert new_path(attention).name == "20260304-1516-mixer=attention-seed=1-4"
+    assert not new_path(attention).exists(), "asking makes nothing"
+
+
+def test_runs_are_sorted_by_when_they_began_whatever_their_names(recipe, clock):
+    made = [Run.create(recipe()).path for _ in range(11)]
+    assert sorted(made) != made
+    assert [run.path for run in runs_of(made[0].parent)] == made[::-1]
+
+
+def test_a_run_of_an_older_version_began_when_its_name_says(recipe, tmp_path):
+    folder = tmp_path / "runs" / "tiny"
+    new = Run.create(recipe())
+    for name in ("20250101-120000", "20990101-120000"):
+        (folder / name).mkdir()
+    assert Run(folder / "20250101-120000").started == "20250101120000"
+    assert [run.path.name for run in runs_of(folder)] == ["20990101-120000", new.path.name, "20250101-120000"]
+
+
+def test_there_are_no_runs_where_there_is_no_folder(tmp_path):
+    assert list(runs_of(tmp_path / "nowhere")) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"logging\.dir = '.*file/runs': .* cannot be made: Not a directory"):
+        Run.create(recipe(f"logging.dir={tmp_path / 'file' / 'runs'}"))
+
+
+def test_opening_what_is_no_run_says_what_is_missing(make_run, recipe, tmp_path):
+    run = make_run()
+    assert Run.open(run.path).path == run.path
+    (tmp_path / "file").touch()
+    begun = Run.create(recipe("seed=1"))
+    (bare := Run(tmp_path / "bare")).checkpoints.folder.mkdir(parents=True)
+    for path, said in {
+        tmp_path / "nowhere": "nowhere: no such folder; expected runs/<recipe name>/<run>",
+        tmp_path / "file": "file: that is a file",
+        begun.path: r"it has no checkpoints/step-\*, so there is nothing to load",
+        bare.path: "it has no recipe.yaml",
+        run.path.parent: "it holds several runs; did you mean .*/runs/tiny/2",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            Run.open(path)
+
+
+def test_the_metrics_are_a_table_of_steps(recipe):
+    run = Run.create(recipe())
+    lines = ["1,train/loss,5.5", "1,speed/x,1.0", "10,train/loss,nan", "10,valid/loss,5.0", "10,valid/loss,4.0"]
+    (run.path / "metrics.csv").write_text("\n".join(["step,metric,value", *lines]) + "\n")
+    table = run.metrics()
+    assert list(table.index) == [1, 10]
+    assert set(table.columns) == {"train/loss", "speed/x", "valid/loss"}
+    assert table.loc[1, "train/loss"] == 5.5
+    assert pd.isna(table.loc[1, "valid/loss"])
+    assert table.loc[10, "valid/loss"] == 4.0, "the last that was written"
+
+
+def test_a_result_marks_a_run_as_finished_until_it_is_reopened(recipe):
+    run = Run.create(recipe())
+    assert not run.is_finished
+    assert run.result == {}
+    run.finish(20, {"valid/loss": 2.5})
+    assert run.is_finished
+    assert Run(run.path).result == {"steps": 20, "valid/loss": 2.5}
+    run.reopen()
+    assert not run.is_finished
+    run.reopen()  # is no error
+
+
+def test_only_one_holds_the_lock(recipe):
+    run, again = Run.create(recipe()), None
+    assert not run.is_locked()
+    with run.lock():
+        again = Run(run.path)
+        assert again.is_locked()
+        with pytest.raises(ConfigError, match="resume = .*: another process is training that run"):
+            again.lock()
+    assert not again.is_locked()
+    again.lock().release()
+
+
+def test_differences_leave_out_names_and_places(recipe, tmp_path):
+    run = Run.create(recipe())
+    assert run.differences(recipe()) == []
+    assert run.differences(recipe("name=b", "label=c", "resume=auto", f"logging.dir={tmp_path}")) == []
+    assert run.differences(recipe("optim.lr=1", "logging.every=3")) == [
+        ("optim.lr", 0.01, 1.0),
+        ("logging.every", 1, 3),
+    ]
+
+
+def test_the_recipe_is_read_anew_once_it_is_written(recipe):
+    run = Run.create(recipe())
+    assert run.recipe.seed == 0
+    run.save_recipe(recipe("seed=4"))
+    assert run.recipe.seed == 4
+
+
+def test_the_datas_fingerprint_is_noted(recipe):
+    run = Run.create(recipe())
+    assert run.data_fingerprint is None
+    run.save_data_fingerprint("abc")
+    assert run.data_fingerprint == "abc"
+    run.save_data_fingerprint("")
+    assert run.data_fingerprint == ""
+
+
+def test_the_decoder_is_that_of_the_checkpoint_asked_for(make_run):
+    run = make_run(step=5, valid_loss=2.0)
+    state = {"a": torch.load(run.checkpoints.at(5) / "state.ckpt", weights_only=True)}["a"]
+    state["state_dict"]["decoder.embedding.weight"] += 1
+    save({**state, "global_step": 7, "valid_loss": 3.0}, run.checkpoints.at(7))
+    last, best = run.decoder(), run.decoder("best")
+    assert not last.training
+    assert torch.equal(last.embedding.weight, best.embedding.weight + 1)
+    assert torch.equal(run.decoder("7").embedding.weight, last.embedding.weight)
+    with pytest.raises(CheckpointError, match="no such checkpoint; that run has checkpoints of steps 5, 7"):
+        run.decoder("6")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_refused(make_run):
+    with pytest.raises(ConfigError, match="device = 'cuda': no CUDA device is available here; expected cpu"):
+        make_run().decoder(device="cuda")
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_keys(make_run, recipe):
+    run = make_run()
+    checkpoint = run.checkpoints.last()
+    check_model(checkpoint, recipe("optim.lr=1"))
+    with pytest.raises(ConfigError, match=r"is of another recipe: model\.d_model is 32 there and 48 in the"):
+        check_model(checkpoint, recipe("model.d_model=48"))
+    run.save_recipe(recipe("model.d_model=48"))
+    with pytest.raises(ConfigError, match=r"is of another recipe: model\.d_model"):
+        run.decoder()
+
+
+def test_weights_that_do_not_fit_are_named_in_one_line(make_run):
+    run = make_run()
+    state = torch.load(run.checkpoints.last() / "state.ckpt", weights_only=True)
+    del state["state_dict"]["decoder.norm.weight"]
+    save(state, run.checkpoints.at(5))
+    with pytest.raises(ConfigError, match=r"^[^\n]* does not fit the recipe's decoder: [^\n]*norm\.weight[^\n]*$"):
+        run.decoder()
+
+
+def test_bf16_weights_are_loaded_as_they_are(make_run):
+    run = make_run("trainer.precision=bf16-true")
+    assert run.decoder().embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_run_without_a_tokenizer_says_so(recipe):
+    with pytest.raises(ConfigError, match="it has no tokenizer, so its tokens are not text"):
+        Run.create(recipe()).tokenizer()
+
+
+def test_text_is_generated_from_the_last_checkpoint(make_run):
+    run = make_run()
+    text = run.generate("The ", 5, seed=1)
+    assert text.startswith("The ")
+    assert text == run.generate("The ", 5, seed=1)
+    assert len(text) > len("The ")
+
+
+def test_the_saved_recipe_is_all_that_the_run_was(recipe):
+    wanted = recipe("model.mixer=[attention, mamba]", "label=mine")
+    run = Run.create(wanted)
+    assert (run.path / "recipe.yaml").read_text() == to_yaml(wanted)
+    assert plain(run.recipe) == plain(wanted)

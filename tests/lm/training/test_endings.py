@@ -1,0 +1,162 @@
+"""How runs end: by signals and time limits with a checkpoint, each way with an exit code of its own."""
+
+import io
+import os
+import signal
+import time
+
+import pytest
+from mixerlab.kernels.backend import BackendError
+from mixerlab.lm.parallel.processes import World
+from mixerlab.lm.run.checkpoint import read_meta
+from mixerlab.lm.run.folder import Run
+from mixerlab.lm.training.diagnosis import NonFiniteError
+from mixerlab.lm.training.endings import InterruptedRun, exit_code_of
+from mixerlab.options import ConfigError
+from rich.console import Console
+from started_runs import LONG, assert_same_curves, finish, layout, plugin, start, wait_for_step
+from tiny_runs import metric, run_dirs
+
+STOPS_IN_VALIDATION = """
+import os, signal
+from mixerlab.lm.training.module import LanguageModel
+step = LanguageModel.validation_step
+def interrupt(self, batch, i, *rest):
+    if "STOP" in os.environ and self.trainer.global_step == 10:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, batch, i, *rest)
+LanguageModel.validation_step = interrupt
+"""
+
+SLOW_STEP = """
+import time
+from mixerlab.lm.training.module import LanguageModel
+step = LanguageModel.training_step
+def slow(self, micro_batches, i):
+    if i == 3:
+        print("step 99/", flush=True)
+        time.sleep(600)
+    return step(self, micro_batches, i)
+LanguageModel.training_step = slow
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_a_code_of_its_own(tmp_path, unequal, ranks, signum):
+    sizes = layout(ranks, 4 // ranks)
+    process = start(*unequal, *LONG, *sizes)
+    wait_for_step(process, 5)
+    process.send_signal(signum)
+    out, _ = finish(process, code=130 if signum == signal.SIGINT else 75)
+    assert f"stopped: {signum.name}; a checkpoint is written" in out
+    (run,) = run_dirs(tmp_path)
+    done = read_meta(Run(run).checkpoints.last())["global_step"]
+    assert done == max(metric(run, "train/loss")) >= 5
+    more = [f"trainer.steps={done + 2}" if o.startswith("trainer.steps") else o for o in LONG]
+    finish(start(*unequal, *more, *sizes, f"resume={run}"))
+    assert sorted(metric(run, "train/loss")) == list(range(1, done + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_to_the_whole_group_spares_the_loading_processes_until_the_step_is_done(
+    tmp_path, unequal, ranks
+):
+    sizes = [*layout(ranks, 4 // ranks), "trainer.num_workers=1"]
+    process = start(*unequal, *LONG, *sizes, start_new_session=True)
+    wait_for_step(process, 5)
+    for _ in range(2):  # as `timeout` does: to the process, then to its group
+        os.killpg(process.pid, signal.SIGTERM)
+    finish(process, code=75)
+    (run,) = run_dirs(tmp_path)
+    assert read_meta(Run(run).checkpoints.last())["global_step"] == max(metric(run, "train/loss"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_validation_is_made_up_for(tmp_path, unequal):
+    mishap = plugin(tmp_path, STOPS_IN_VALIDATION)
+    arguments = [*unequal, *layout(1, 4), "plugins=[mishap]", "resume=auto"]
+    finish(start(*arguments, **mishap))
+    for stop, code in (({"STOP": "1"}, 75), ({}, 0)):
+        finish(start(*arguments, env=mishap["env"] | stop), code=code)
+    whole, stopped = run_dirs(tmp_path)
+    assert sorted(metric(stopped, "valid/loss")) == [10, 20]
+    assert_same_curves(stopped, whole, tolerance=0)
+    with (stopped / "metrics.csv").open() as file:
+        rows = [tuple(line.split(",")[:2]) for line in file]
+    assert len(rows) == len(set(rows)), "nothing is logged twice"
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(tmp_path, unequal):
+    process = start(*unequal, *LONG, "plugins=[mishap]", **plugin(tmp_path, SLOW_STEP))
+    wait_for_step(process, 99)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=128 + signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_the_time_limit_ends_it_likewise(tmp_path, unequal):
+    out, _ = finish(start(*unequal, *LONG, *layout(2, 2), "trainer.max_time=5s"), code=75)
+    assert "trainer.max_time is over" in out
+    (run,) = run_dirs(tmp_path)
+    assert read_meta(Run(run).checkpoints.last())["global_step"] == max(metric(run, "train/loss"))
+
+
+def ended(raised=None, world=None):
+    """(exit code, what was printed) of a training that ends like this."""
+    console = Console(file=io.StringIO(), width=200)
+
+    def training():
+        if raised is not None:
+            raise raised
+
+    return exit_code_of(training, world or World(), console), console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (None, 0),
+        (InterruptedRun("SIGTERM", signal.SIGTERM), 75),
+        (InterruptedRun("SIGINT", signal.SIGINT), 130),
+        (InterruptedRun("trainer.max_time is over", None), 75),
+        (KeyboardInterrupt(), 130),
+        (ConfigError("seed = -1: expected at least 0"), 2),
+        (BackendError("no such backend"), 2),
+        (NonFiniteError("step 3"), 1),
+        (OSError(28, "No space left on device", "file"), 1),
+    ],
+)
+def test_every_end_has_its_exit_code(raised, code):
+    assert ended(raised)[0] == code
+
+
+def test_an_end_is_told_in_one_line(capsys):
+    assert "stopped: SIGTERM; a checkpoint is written, continue with" in ended(InterruptedRun("SIGTERM", 15))[1]
+    for raised, line in (
+        (ConfigError("seed = -1: expected at least 0"), "error: seed = -1: expected at least 0\n"),
+        (NonFiniteError("step 3: loss nan"), "stopped: step 3: loss nan\n"),
+    ):
+        ended(raised)
+        assert capsys.readouterr().err == line
+
+
+def test_a_fault_in_the_code_is_raised_with_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        ended(ZeroDivisionError())
+
+
+def test_the_other_ranks_say_what_happened_to_them_unless_all_raise_the_same(capsys):
+    world = World(rank=1, devices=2)
+    assert ended(ZeroDivisionError("by zero"), world)[0] == 1
+    error = capsys.readouterr().err
+    assert error.startswith("rank 1: Traceback")
+    assert "ZeroDivisionError: by zero" in error
+    world.all_raised = True
+    assert ended(ConfigError("wrong"), world)[0] == 2
+    assert capsys.readouterr().err == ""
