@@ -74,11 +74,9 @@ class Run:
         if inside := sorted(path.glob("*/recipe.yaml")):
             raise ConfigError(f"run folder {path}: it holds several runs; did you mean {inside[-1].parent}?")
         run = cls(path)
-        for name, found in {
-            "recipe.yaml": run.has_recipe,
-            "checkpoints/step-*": run.checkpoints.all(),
-        }.items():
-            if not found:
+        needed = {"recipe.yaml": run.has_recipe, "checkpoints/step-*": bool(run.checkpoints.all())}
+        for name, is_there in needed.items():
+            if not is_there:
                 raise ConfigError(f"run folder {path}: it has no {name}, so there is nothing to load")
         return run
 
