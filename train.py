@@ -5,10 +5,11 @@ The same as `mixerlab train`.
 
 import sys
 
-# This folder's own folders, such as data and kernels, are no packages: mixerlab is.
-sys.path.pop(0)
-
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        # Python put this folder there. Its own folders, such as data and kernels, are no packages: mixerlab is.
+        sys.path.pop(0)
+
     from mixerlab.__main__ import run
     from mixerlab.lm.commands.train import main
 

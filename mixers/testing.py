@@ -182,7 +182,9 @@ def check_segments(factory: Factory) -> None:
     )
     torch.testing.assert_close(packed, apart, rtol=1e-10, atol=1e-10)
     apart_gradients = torch.autograd.grad((apart * cotangent).sum(), wanted, allow_unused=True)
-    for ours, theirs in zip(packed_gradients, apart_gradients, strict=True):
+    pairs: list[tuple[Tensor | None, Tensor | None]]
+    pairs = list(zip(packed_gradients, apart_gradients, strict=True))
+    for ours, theirs in pairs:
         if ours is not None or theirs is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 

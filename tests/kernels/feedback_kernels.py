@@ -15,8 +15,8 @@ import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
 import mixerlab.kernels.feedback.triton as fused
+from differentiable import func_grad, func_jacrev, func_vjp, func_vmap, func_vmap_of_grad
 from mixerlab.kernels.feedback import feedback_attention
-from tests.kernels.test_feedback import func_grad, func_jacrev, func_vjp, func_vmap, func_vmap_of_grad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

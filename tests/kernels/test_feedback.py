@@ -1,7 +1,6 @@
 """Letters: B batch, H heads, T new positions, L past positions, S = L + T, K key width, P value width."""
 
 import itertools
-import json
 import math
 import statistics
 
@@ -12,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from differentiable import func_grad, func_jacrev, func_vjp, func_vmap, func_vmap_of_grad
+from measure import peak_bytes
 from mixerlab.kernels.backend import use_backend
 from mixerlab.kernels.feedback import feedback_attention, routing_entropy
 
@@ -290,29 +291,6 @@ def run_reference(q, k, f, gamma):
     return feedback_attention(q, k, f, gamma, backend="reference")
 
 
-def func_grad(run, inputs):
-    return torch.func.grad(lambda *x: run(*x).square().sum(), argnums=(0, 1, 2, 3))(*inputs)
-
-
-def func_vjp(run, inputs):
-    s, pull_back, *_ = torch.func.vjp(run, *inputs)
-    return s, *pull_back(torch.cos(s))
-
-
-def func_vmap(run, inputs):
-    stacked = [torch.stack([x, x.flip(2), -x], dim=1) for x in inputs]
-    return (torch.vmap(run, in_dims=(1, 1, 1, None), out_dims=2)(*stacked[:3], inputs[3]),)
-
-
-def func_jacrev(run, inputs):
-    return torch.func.jacrev(run, argnums=(0, 1, 2, 3))(*inputs)
-
-
-def func_vmap_of_grad(run, inputs):
-    stacked = [torch.stack([x, x.flip(2)]) for x in inputs]
-    return torch.vmap(lambda *x: func_grad(run, x))(*stacked)
-
-
 @pytest.mark.parametrize("transform", [func_grad, func_vjp, func_vmap, func_jacrev, func_vmap_of_grad])
 def test_torch_func_transforms_go_through_chunked(transform):
     inputs = make_inputs(T=6)
@@ -449,19 +427,6 @@ def test_autocast_leaves_float32_inputs_in_float32(backend):
 
 
 # ---- memory ----
-
-
-def peak_bytes(run, folder) -> int:
-    """Most bytes allocated at once while `run()` runs, beyond those before it, inside operators too."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        run()
-    path = folder / "trace.json"
-    profiler.export_chrome_trace(str(path))
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
-    return max(itertools.accumulate(sizes), default=0)
 
 
 def test_memory_of_chunked_grows_linearly_and_of_reference_quadratically(tmp_path):

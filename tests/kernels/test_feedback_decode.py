@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ahead_of_time import compile_launch, distinct, record
 from mixerlab.kernels.feedback import feedback_attention
 from mixerlab.kernels.feedback import fused as operators
-from tests.kernels.ahead_of_time import compile_launch, distinct, record
 
 ROOT = Path(__file__).parents[2]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -22,7 +22,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def test_numbers_agree_on_a_gpu_or_else_in_the_interpreter():
     pytest.importorskip("triton")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     tests = Path(__file__).with_name("feedback_decode_kernels.py")

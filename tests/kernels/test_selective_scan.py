@@ -1,12 +1,12 @@
 """Letters: B batch, T time, D channels, N state size per channel."""
 
 import itertools
-import json
 
 import pytest
 import torch
 from torch import Tensor
 
+from measure import peak_bytes
 from mixerlab.kernels.backend import use_backend
 from mixerlab.kernels.selective_scan import chunked, selective_scan
 
@@ -256,19 +256,6 @@ def test_use_backend_decides_what_auto_means():
     with use_backend("reference"):
         (gradient,) = torch.autograd.grad(run(inputs)[0].sum(), inputs[0], create_graph=True)
         torch.autograd.grad(gradient.square().sum(), inputs[1])  # which chunked refuses
-
-
-def peak_bytes(run, folder) -> int:
-    """Most bytes allocated at once while `run()` runs, beyond those before it, inside operators too."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        run()
-    path = folder / "trace.json"
-    profiler.export_chrome_trace(str(path))
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
-    return max(itertools.accumulate(sizes), default=0)
 
 
 def test_memory_grows_linearly_and_holds_few_states(tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ahead_of_time import compile_kernel
 from mixerlab.kernels.selective_scan import selective_scan
-from tests.kernels.ahead_of_time import compile_kernel
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +66,7 @@ def interpreted() -> None:
 
 def test_equals_the_recurrence_with_all_gradients_in_the_interpreter():
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests" / "helpers")}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -142,7 +142,7 @@ def test_a_mixer_is_built_from_a_name_a_mapping_or_a_choice(spec):
 
 def test_a_list_is_no_single_mixer():
     with pytest.raises(ConfigError, match=r"^mixer = \['sessa'\]: expected a mixer's name or a mapping"):
-        build_mixer(["sessa"], 32)  # type: ignore[arg-type]
+        build_mixer(["sessa"], 32)
 
 
 def test_a_mixer_with_others_inside_may_be_built_without_the_registry():
