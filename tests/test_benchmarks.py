@@ -1,18 +1,36 @@
-"""benchmarks/feedback_gpu.py runs, at sizes that say nothing."""
+"""Benchmarks: each starts, those that can run at sizes that say nothing, and the trial of reliability in small."""
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "feedback_gpu.py"
+from tiny_runs import ROOT
+
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+SCRIPT = ROOT / "benchmarks" / "feedback_gpu.py"
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["benchmarks/feedback_gpu.py", *arguments])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+def run(monkeypatch, *arguments, script=SCRIPT):
+    monkeypatch.setattr("sys.argv", [f"benchmarks/{script.name}", *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_benchmark_says_how_it_is_run(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(monkeypatch, "--help", script=script)
+    assert left.value.code == 0
+    assert f"usage: {script.name}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["one", "fsdp"])
+def test_a_run_that_is_killed_again_and_again_goes_on_as_if_nothing_had_happened(strategy):
+    reliability = runpy.run_path(str(ROOT / "benchmarks" / "reliability.py"))
+    arguments = ["--kills", "3", "--signals", "1", "--strategies", strategy, "--seed", "1"]
+    assert reliability["main"](arguments) == 0
 
 
 def test_every_table_of_the_gpu_benchmark_is_printed(monkeypatch, capsys):

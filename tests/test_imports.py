@@ -4,6 +4,7 @@ import ast
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
+
 from tiny_runs import ROOT
 
 PACKAGE = {
@@ -104,7 +105,9 @@ def test_rooms_of_lm_are_imported_one_way(room):
         parts = name.split(".")
         return parts[2] if parts[:2] == ["mixerlab", "lm"] and len(parts) > 2 else None
 
-    assert set(ROOMS) == {path.name for path in (ROOT / "lm").iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert set(ROOMS) == {
+        path.name for path in (ROOT / "lm").iterdir() if path.is_dir() and path.name[0] != "_"
+    }
     wrong = {
         (name, imported)
         for name in MODULES
@@ -134,5 +137,7 @@ def test_nothing_imports_the_folders_by_their_bare_names_or_what_is_not_installe
 
 
 def test_no_file_of_lm_is_long():
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "lm").rglob("*.py")}
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "lm").rglob("*.py")
+    }
     assert {path.name: length for path, length in lengths.items() if length > LONGEST} == {}

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from typing import Any, Literal
 
-import mixerlab.options as module
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import mixerlab.options as module
 from mixerlab.options import (
     Choice,
     ConfigError,

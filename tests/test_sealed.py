@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from mixerlab import sealed
 from mixerlab.sealed import META, damage, publish, put_back, read_meta, seal, write_file, write_meta
 
@@ -46,7 +47,11 @@ def flip(path):
         (lambda folder: (folder / META).write_text("{"), "meta.json cannot be read", True),
         (lambda folder: (folder / META).write_text("[]"), "meta.json cannot be read", True),
         (lambda folder: (folder / META).write_text('{"files": {}}'), "meta.json names no files", True),
-        (lambda folder: (folder / META).write_text('{"files": {"a.bin": 3}}'), "meta.json cannot be read", True),
+        (
+            lambda folder: (folder / META).write_text('{"files": {"a.bin": 3}}'),
+            "meta.json cannot be read",
+            True,
+        ),
     ],
 )
 def test_damage_is_named(folder, harm, said, is_seen_without_checksums):
@@ -69,7 +74,10 @@ def test_a_note_that_was_changed_by_hand_is_damage(folder):
 
 
 def test_a_folder_of_another_name_is_of_something_else(folder):
-    assert damage(folder.rename(folder.with_name("other"))) == "it was made as made, of something else, and renamed"
+    assert (
+        damage(folder.rename(folder.with_name("other")))
+        == "it was made as made, of something else, and renamed"
+    )
 
 
 def test_a_folder_of_an_older_version_has_no_checksum_of_its_notes(folder):

@@ -53,8 +53,7 @@ class Checkpoints:
 
         Raises CheckpointError if all that there are are damaged.
         """
-        for old in self.folder.glob("step-*.old"):
-            sealed.put_back(old.with_suffix(""))
+        self.put_back()
         damaged = []
         for folder in reversed(self.all()):
             if (problem := find_damage(folder)) is None:
@@ -64,6 +63,11 @@ class Checkpoints:
         if damaged:
             raise CheckpointError(f"{damaged[0]}; the run has no other that is whole, so start a new one")
         return None
+
+    def put_back(self) -> None:
+        """Gives its name back to a checkpoint in whose replacement the process was killed."""
+        for old in self.folder.glob("step-*.old"):
+            sealed.put_back(old.with_suffix(""))
 
     def best(self) -> Path | None:
         """The checkpoint with the smallest validation loss, or None."""

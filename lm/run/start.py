@@ -99,6 +99,7 @@ def _find_run(recipe: Recipe) -> Run | None:
     if recipe.resume is None:
         return None
     if recipe.resume != "auto":
+        _put_back(Run(recipe.resume))
         run = Run.open(recipe.resume)
         differing = [d for d in run.differences(recipe) if not d[0].startswith(MAY_CHANGE)]
         if differing:
@@ -106,7 +107,7 @@ def _find_run(recipe: Recipe) -> Run | None:
             raise ConfigError(f"resume = {recipe.resume!r}: that run has another recipe: {listed}")
         return run
     for run in runs_of(Path(recipe.logging.dir) / str(recipe.name)):
-        if run.has_recipe and run.checkpoints.all() and not run.is_finished and not run.is_locked():
+        if run.has_recipe and not run.is_finished and _put_back(run) and run.checkpoints.all():
             try:
                 differing = run.differences(recipe)
             except ConfigError:  # of an older version, or with a plug-in that has gone
@@ -114,6 +115,14 @@ def _find_run(recipe: Recipe) -> Run | None:
             if all(key.startswith((*PLACE, "trainer.on_non_finite")) for key, *_ in differing):
                 return run
     return None
+
+
+def _put_back(run: Run) -> bool:
+    """Makes checkpoints whole again whose replacement was killed; False where another process trains the run."""
+    if run.has_recipe and run.is_locked():
+        return False
+    run.checkpoints.put_back()
+    return True
 
 
 def _check_continuation(start: Start, run: Run, data: DataModule, steps: int) -> None:

@@ -113,7 +113,8 @@ class Checkpoints(Checkpoint):
         self.best = math.inf
         self._saved = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        # Before a validation that is made up for, which comes when training starts.
         self._saved = trainer.global_step
         if (best := self.checkpoints.best()) is not None:
             self.best = read_meta(best)["valid_loss"]

@@ -57,6 +57,7 @@ def first_non_finite(decoder: nn.Module, batches: list[dict[str, Tensor]], seeds
             by = f"the backward pass from {passed[-1]}" if passed else "the backward pass from the loss"
             found.append(f"the gradient of {name}, in {by}")
 
+    decoder.zero_grad(set_to_none=True)
     # Every rank goes through all of it, whatever it finds: sharded models run in step.
     with _looking_at_outputs(decoder, look), torch.compiler.set_stance("force_eager"):
         for batch, seed in zip(batches, seeds, strict=True):
@@ -105,7 +106,8 @@ def explain(error: BaseException) -> str | None:
         return last_line.partition("DataError: ")[2] or text
     if isinstance(error, (NonFiniteError, OutOfMemoryError, LostProcessError)):
         return text
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+    lost_worker = isinstance(error, RuntimeError) and "DataLoader worker" in text
+    if lost_worker or isinstance(error, ConnectionResetError):  # the latter while it hands over a tensor
         first = text.strip().splitlines()[0]
         return f"a data loading process died (killed, or out of memory): {first} {GO_ON}, or trainer.num_workers=0"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -25,7 +25,8 @@ def usage() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code. What the user can mend is said in one line, with exit code 2."""
-    verb, *rest = sys.argv[1:] if arguments is None else arguments or ["--help"]
+    given = sys.argv[1:] if arguments is None else arguments
+    verb, *rest = given or ["--help"]
     if verb in ("-h", "--help", "help"):
         print(usage())
         return 0

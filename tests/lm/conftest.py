@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tiny_runs import ROOT, TINY, packed_documents, places, run_dirs
 
 

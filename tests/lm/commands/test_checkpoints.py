@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mixerlab.__main__ import main
 from mixerlab.lm.run.checkpoint import save
 from mixerlab.lm.run.folder import Run
@@ -22,7 +23,9 @@ def test_the_command_lists_checks_and_rewrites(run, capsys):
     assert main(["checkpoints", str(run.path)]) == 0
     out = capsys.readouterr().out
     assert "step-00000020: one file, 0.0 MB, whole, validation loss 2.0000, the best\n" in out
-    assert main(["checkpoints", str(run.path), "--to", "sharded", "--shards", "3", "--checkpoint", "best"]) == 0
+    assert (
+        main(["checkpoints", str(run.path), "--to", "sharded", "--shards", "3", "--checkpoint", "best"]) == 0
+    )
     assert "step-00000020: 3 shards" in capsys.readouterr().out
     assert main(["checkpoints", str(run.path), "--to", "one-file", "--checkpoint", "20"]) == 0
     assert "step-00000020: one file" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The table of costs, for one or several mixers side by side."""
 
 import pytest
+
 from mixerlab.__main__ import main
 from mixerlab.lm.model.cost import si, size
 from mixerlab.lm.model.decoder import build_decoder
@@ -18,7 +19,10 @@ def table(capsys):
 
 
 def test_mixers_stand_side_by_side(capsys):
-    assert main(["describe", QUICKSTART, "--mixers", "sessa", "[mamba2, attention]", "--lengths", "64", "1024"]) == 0
+    assert (
+        main(["describe", QUICKSTART, "--mixers", "sessa", "[mamba2, attention]", "--lengths", "64", "1024"])
+        == 0
+    )
     rows = table(capsys)
     for i, mixer in enumerate(["sessa", "[mamba2, attention]"]):
         recipe = load_recipe(QUICKSTART, [f"model.mixer={mixer}"])

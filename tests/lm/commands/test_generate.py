@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
+
 from mixerlab.lm.run.folder import Run
 from tiny_runs import generate
-
 
 
 def test_text_is_generated_from_the_run_folder(finished, capsys):
@@ -38,7 +38,9 @@ def test_generating_from_a_broken_run_says_what_is_wrong(finished, tmp_path, cap
         (run / "recipe.yaml").write_text((finished[0] / "recipe.yaml").read_text())
     if damage == "truncated":
         folder = shutil.copytree(
-            Run(finished[0]).checkpoints.named("last"), run / "checkpoints" / "step-00000020", dirs_exist_ok=True
+            Run(finished[0]).checkpoints.named("last"),
+            run / "checkpoints" / "step-00000020",
+            dirs_exist_ok=True,
         )
         whole = (folder / "state.ckpt").read_bytes()
         (folder / "state.ckpt").write_bytes(whole[: len(whole) // 2])

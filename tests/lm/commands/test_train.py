@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import ROOT, TINY, run_dirs, train
 
+from tiny_runs import ROOT, TINY, run_dirs, train
 
 
 @pytest.mark.parametrize("command", [[], ["--dry-run"]])

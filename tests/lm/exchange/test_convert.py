@@ -8,16 +8,17 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load, save_file
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
+
 from mixerlab.__main__ import main
 from mixerlab.data.tokenizers import train_bpe
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.lm.run.checkpoint import read
 from mixerlab.lm.run.folder import Run
-from safetensors.torch import load, save_file
 from tiny_runs import generate, train
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
-from transformers.models.mamba import modeling_mamba
-from transformers.models.mamba2 import modeling_mamba2
 
 transformers.logging.disable_progress_bar()
 VOCAB = 283  # a tokenizer of 280 tokens and padding

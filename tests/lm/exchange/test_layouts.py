@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from mixerlab.lm.exchange.layouts import Published, published_name, read_model
 from mixerlab.options import ConfigError
 
@@ -64,7 +65,9 @@ def test_infinity_has_two_spellings(read):
 
 def test_messages_name_the_key_in_its_section(tmp_path):
     section = Published(tmp_path / "config.json", {"ssm_cfg": {"d_state": 0}}).section("ssm_cfg")
-    with pytest.raises(ConfigError, match=r"config\.json: ssm_cfg\.d_state = 0; expected an integer of at least 1"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json: ssm_cfg\.d_state = 0; expected an integer of at least 1"
+    ):
         section.integer("d_state")
     with pytest.raises(ConfigError, match=r"ssm_cfg\.d_conv is missing; expected an integer"):
         section.integer("d_conv")

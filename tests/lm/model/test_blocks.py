@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mixerlab.lm.model.blocks import default_mlp_dim, make_norm
 from mixerlab.lm.model.decoder import Decoder
 

@@ -1,6 +1,7 @@
 """What a decoder costs, counted without allocating it."""
 
 import pytest
+
 from mixerlab.lm.model.cost import costs, si, size
 from mixerlab.lm.recipe.load import load_recipe
 

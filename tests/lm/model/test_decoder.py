@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mixerlab.data import build_data
 from mixerlab.lm.model.decoder import Decoder, build_decoder, count_parameters, spared_parameters
 from mixerlab.lm.recipe.load import SHIPPED, load_recipe

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mixerlab.data.tokenizers import ByteTokenizer
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.model.generation import generate, sample, stream_texts

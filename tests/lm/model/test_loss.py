@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.model.loss import LOGITS_AT_ONCE, token_losses
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def test_losses_are_the_cross_entropy_of_the_logits():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from mixerlab.lm.model.decoder import count_parameters
 from mixerlab.lm.model.match import sized
 from mixerlab.lm.recipe.load import load_recipe

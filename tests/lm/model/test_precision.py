@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+
 from mixerlab.lm.model.decoder import Decoder, spared_parameters
 from mixerlab.lm.model.precision import precision_plugin, to_bf16
 
@@ -28,9 +29,7 @@ def test_bf16_true_casts_all_but_the_sensitive_weights():
     assert {"norm.weight", "blocks.0.mixer.A_log", "blocks.1.mixer.gamma_bias"} <= kept
 
 
-@pytest.mark.parametrize(
-    ("precision", "low"), [("32", False), ("bf16-mixed", True), ("bf16-true", True)]
-)
+@pytest.mark.parametrize(("precision", "low"), [("32", False), ("bf16-mixed", True), ("bf16-true", True)])
 def test_forward_passes_are_in_low_precision_and_the_rest_of_the_step_is_not(precision, low):
     plugin = precision_plugin(precision, "cpu")
     with plugin.forward_context():

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+
 from mixerlab.lm.parallel.hang_watch import HangWatch
 from mixerlab.lm.parallel.processes import World
 from started_runs import LONG, finish, layout, plugin, start

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+
 from mixerlab.lm.parallel.processes import (
     LostProcessError,
     World,
@@ -17,7 +18,7 @@ from mixerlab.lm.run.checkpoint import read_meta
 from mixerlab.lm.run.folder import Run
 from mixerlab.options import ConfigError
 from started_runs import DDP, FSDP, LONG, assert_same_curves, finish, layout, plugin, start
-from tiny_runs import metric, run_dirs
+from tiny_runs import run_dirs
 
 DIES = """
 import os, signal

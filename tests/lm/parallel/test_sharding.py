@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from mixerlab.lm.model.decoder import Decoder, build_decoder
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.sharding import make_decoder, make_mesh, parallelize
@@ -14,7 +16,6 @@ from mixerlab.lm.recipe.schema import StrategyConfig
 from mixerlab.options import ConfigError
 from started_runs import sharded
 from tiny_runs import TINY
-from torch.utils._python_dispatch import TorchDispatchMode
 
 COUNT = """
 import resource, torch
@@ -134,5 +135,7 @@ def test_without_a_mesh_the_decoder_is_whole_and_initialised():
 
 def test_only_fsdp_has_a_mesh_and_its_groups_must_divide_the_devices():
     assert make_mesh(StrategyConfig(name="ddp"), World(devices=4), "cpu") is None
-    with pytest.raises(ConfigError, match=r"strategy\.replicate = 3: it must divide the number of devices, 4"):
+    with pytest.raises(
+        ConfigError, match=r"strategy\.replicate = 3: it must divide the number of devices, 4"
+    ):
         make_mesh(StrategyConfig(name="fsdp", replicate=3), World(devices=4), "cpu")

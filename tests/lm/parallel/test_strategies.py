@@ -7,6 +7,8 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
 from mixerlab.__main__ import main
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.strategies import CheckpointFolders, lightning_strategy, synchronise_gradients
@@ -15,7 +17,6 @@ from mixerlab.lm.run.checkpoint import find_damage, read, read_meta
 from mixerlab.lm.run.folder import Run
 from started_runs import DDP, FSDP, assert_same_curves, finish, layout, sharded, start
 from tiny_runs import generate, metric, run_dirs
-from torch.nn.parallel import DistributedDataParallel
 
 
 @pytest.mark.slow

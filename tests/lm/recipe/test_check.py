@@ -1,6 +1,7 @@
 """Recipes that are wrong: one line each, that names the key, its value and what would be right."""
 
 import pytest
+
 from mixerlab.lm.recipe.check import check_recipe, mixers_of
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.mixers import MIXERS, register_mixer

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mixerlab.lm.recipe import load as load_module
 from mixerlab.lm.recipe.load import (
     LONGEST_LABEL,
@@ -39,7 +40,11 @@ BAD_FILES = {
         "valid: attention",
     ),
     "section is a list": ("base: good.yaml\noptim: [1, 2]\n", "optim = [1, 2]", "expected a mapping"),
-    "mixer is a number": ("base: good.yaml\nmodel: {mixer: 3}\n", "model.mixer = 3", "a mixer's name or a mapping"),
+    "mixer is a number": (
+        "base: good.yaml\nmodel: {mixer: 3}\n",
+        "model.mixer = 3",
+        "a mixer's name or a mapping",
+    ),
 }
 
 
@@ -264,7 +269,11 @@ def test_recipes_that_come_with_the_package_are_the_repositorys():
 
 
 def test_a_recipe_that_comes_with_the_package_is_found_by_its_name(folder):
-    assert load_recipe("quickstart") == load_recipe("quickstart.yaml") == load_recipe(SHIPPED / "quickstart.yaml")
+    assert (
+        load_recipe("quickstart")
+        == load_recipe("quickstart.yaml")
+        == load_recipe(SHIPPED / "quickstart.yaml")
+    )
     with pytest.raises(ConfigError, match=r"recipe quickstrat: no such file; did you mean quickstart\?"):
         load_recipe("quickstrat")
 
@@ -285,7 +294,9 @@ def test_sections_from_python_are_as_on_the_command_line(folder):
     assert load_recipe("good.yaml", **given) == load_recipe("good.yaml", texts)
     with pytest.raises(ConfigError, match=r"optim\.lrr = 1: no such key; did you mean 'lr'"):
         load_recipe("good.yaml", optim={"lrr": 1})
-    with pytest.raises(ConfigError, match="trainer.steps = 3 and trainer.epochs = 2: expected exactly one"):
+    with pytest.raises(
+        ConfigError, match=r"trainer\.steps = 3 and trainer\.epochs = 2: expected exactly one"
+    ):
         load_recipe("good.yaml", ["trainer.steps=3"], trainer={"epochs": 2})
 
 
@@ -397,7 +408,7 @@ def test_any_label_is_the_name_of_a_folder(changes):
     if made is not None:
         assert load_module.Path(made).name == made
         assert not any(character.isspace() or not character.isprintable() for character in made)
-        assert len(made) <= LONGEST_LABEL + len("-and-99-more")
+        assert len(made) <= LONGEST_LABEL + len("--and-99-more")
 
 
 def test_a_label_with_a_slash_is_refused(folder):

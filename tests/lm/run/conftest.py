@@ -1,6 +1,7 @@
 """Run folders made without training."""
 
 import pytest
+
 from mixerlab.data.tokenizers import ByteTokenizer
 from mixerlab.lm.model.decoder import build_decoder
 from mixerlab.lm.recipe.load import load_recipe
@@ -32,7 +33,13 @@ def make_run(recipe):
         decoder = build_decoder(made, tokenizer.vocab_size)
         decoder.initialize(made.seed)
         weights = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
-        state = {"global_step": step, "state_dict": weights, "recipe": plain(made), "rows_per_step": 4, **notes}
+        state = {
+            "global_step": step,
+            "state_dict": weights,
+            "recipe": plain(made),
+            "rows_per_step": 4,
+            **notes,
+        }
         save(state, run.checkpoints.at(step))
         return run
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mixerlab import sealed
 from mixerlab.lm.run.checkpoint import (
     CheckpointError,
@@ -261,7 +262,9 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_goes_with_the_next(chec
         (checkpoints.folder / remains).mkdir()
     assert [step_of(folder) for folder in checkpoints.all()] == [10, 20, 30, 40]
     checkpoints.prune(keep=4)
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [f"step-000000{n}0" for n in range(1, 5)]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        f"step-000000{n}0" for n in range(1, 5)
+    ]
 
 
 def test_checkpoints_have_names(checkpoints):
@@ -269,14 +272,16 @@ def test_checkpoints_have_names(checkpoints):
     assert checkpoints.named("best") == checkpoints.at(20)
     assert checkpoints.named("10") == checkpoints.at(10)
     for name in ("11", "first"):
-        with pytest.raises(CheckpointError, match="no such checkpoint; that run has checkpoints of steps 10, 20"):
+        with pytest.raises(
+            CheckpointError, match="no such checkpoint; that run has checkpoints of steps 10, 20"
+        ):
             checkpoints.named(name)
 
 
 def test_without_any_checkpoint_there_is_no_last_and_no_best(tmp_path):
     empty = Checkpoints(tmp_path)
     assert empty.last() is empty.best() is None
-    with pytest.raises(CheckpointError, match="'last' of .*: no such checkpoint; that run has none"):
+    with pytest.raises(CheckpointError, match=r"'last' of .*: no such checkpoint; that run has none"):
         empty.named("last")
 
 
@@ -289,7 +294,10 @@ def test_none_is_best_where_none_was_validated(tmp_path):
 
 
 def test_the_recipe_in_the_list_of_files_has_the_names_of_today(checkpoints):
-    old = {**state(50), "recipe": {"model": {"mlp_width": 64, "mixer": [{"name": "mamba2", "head_width": 8}]}}}
+    old = {
+        **state(50),
+        "recipe": {"model": {"mlp_width": 64, "mixer": [{"name": "mamba2", "head_width": 8}]}},
+    }
     save(old, checkpoints.at(50))
     model = read_meta(checkpoints.at(50))["recipe"]["model"]
     assert model == {"mlp_dim": 64, "mixer": [{"name": "mamba2", "head_dim": 8}]}

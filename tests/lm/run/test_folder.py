@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 import pandas as pd
 import pytest
 import torch
+
 from mixerlab.lm.recipe.load import load_recipe, to_yaml
 from mixerlab.lm.run import folder as module
 from mixerlab.lm.run.checkpoint import CheckpointError, save
@@ -40,7 +41,9 @@ def test_a_new_run_holds_its_recipe_and_where_it_runs(recipe):
     assert load_recipe(run.path / "recipe.yaml").model == wanted.model
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
-    assert {"started", "python", "mixerlab", "lightning", "device", "git_commit", "command"} <= set(environment)
+    assert {"started", "python", "mixerlab", "lightning", "device", "git_commit", "command"} <= set(
+        environment
+    )
 
 
 def test_the_name_is_the_time_and_the_label_with_a_number_where_that_is_taken(recipe, clock, tmp_path):
@@ -79,7 +82,9 @@ def test_there_are_no_runs_where_there_is_no_folder(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(recipe, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"logging\.dir = '.*file/runs': .* cannot be made: Not a directory"):
+    with pytest.raises(
+        ConfigError, match=r"logging\.dir = '.*file/runs': .* cannot be made: Not a directory"
+    ):
         Run.create(recipe(f"logging.dir={tmp_path / 'file' / 'runs'}"))
 
 
@@ -102,7 +107,13 @@ def test_opening_what_is_no_run_says_what_is_missing(make_run, recipe, tmp_path)
 
 def test_the_metrics_are_a_table_of_steps(recipe):
     run = Run.create(recipe())
-    lines = ["1,train/loss,5.5", "1,speed/x,1.0", "10,train/loss,nan", "10,valid/loss,5.0", "10,valid/loss,4.0"]
+    lines = [
+        "1,train/loss,5.5",
+        "1,speed/x,1.0",
+        "10,train/loss,nan",
+        "10,valid/loss,5.0",
+        "10,valid/loss,4.0",
+    ]
     (run.path / "metrics.csv").write_text("\n".join(["step,metric,value", *lines]) + "\n")
     table = run.metrics()
     assert list(table.index) == [1, 10]
@@ -130,7 +141,7 @@ def test_only_one_holds_the_lock(recipe):
     with run.lock():
         again = Run(run.path)
         assert again.is_locked()
-        with pytest.raises(ConfigError, match="resume = .*: another process is training that run"):
+        with pytest.raises(ConfigError, match=r"resume = .*: another process is training that run"):
             again.lock()
     assert not again.is_locked()
     again.lock().release()
@@ -197,7 +208,9 @@ def test_weights_that_do_not_fit_are_named_in_one_line(make_run):
     state = torch.load(run.checkpoints.last() / "state.ckpt", weights_only=True)
     del state["state_dict"]["decoder.norm.weight"]
     save(state, run.checkpoints.at(5))
-    with pytest.raises(ConfigError, match=r"^[^\n]* does not fit the recipe's decoder: [^\n]*norm\.weight[^\n]*$"):
+    with pytest.raises(
+        ConfigError, match=r"^[^\n]* does not fit the recipe's decoder: [^\n]*norm\.weight[^\n]*$"
+    ):
         run.decoder()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mixerlab.lm.run.shards import Pieces, cut, is_cut, joined, own_rows, rows_of_shard, shard_of
 
 

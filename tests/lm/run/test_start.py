@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from mixerlab.lm.run.checkpoint import read_meta
 from mixerlab.lm.run.folder import Run
 from mixerlab.lm.run.start import Start
@@ -117,7 +118,9 @@ def test_a_run_at_its_end_is_not_continued(make_run, recipe, data):
     run = make_run(step=20)
     run.finish(20, {})
     wanted = recipe(f"resume={run.path}")
-    with pytest.raises(ConfigError, match=r"has done 20 steps, .* ends after 20; .* such as trainer\.steps=40"):
+    with pytest.raises(
+        ConfigError, match=r"has done 20 steps, .* ends after 20; .* such as trainer\.steps=40"
+    ):
         Start.find(wanted).open(wanted, data, steps=20, devices=1)
     assert run.is_finished
 
@@ -178,6 +181,13 @@ def test_a_checkpoint_keeps_what_a_start_needs(make_run):
     meta = read_meta(make_run().checkpoints.last())
     assert (meta["global_step"], meta["rows_per_step"]) == (5, 4)
     assert meta["recipe"]["model"]["d_model"] == 32
+
+
+def test_a_run_killed_while_its_only_checkpoint_was_replaced_goes_on(make_run, recipe):
+    run = make_run()
+    only = run.checkpoints.at(5)
+    only.rename(only.with_name(only.name + ".old"))
+    assert Start.find(recipe("resume=auto")).checkpoint == only
 
 
 @pytest.mark.slow

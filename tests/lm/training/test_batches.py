@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mixerlab.data.module import Rows
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.recipe.schema import TrainerConfig

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from mixerlab.lm.parallel.hang_watch import HangWatch
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.recipe.schema import TrainerConfig
@@ -39,7 +40,10 @@ class Rig:
         assert folder == self.run.checkpoints.at(step)
         self.written.append(step)
         state = {"global_step": step, "state_dict": {"a": torch.zeros(3)}}
-        save({**state, "valid_loss": self.module.valid_loss, "metrics": self.module.valid_rates or None}, folder)
+        save(
+            {**state, "valid_loss": self.module.valid_loss, "metrics": self.module.valid_rates or None},
+            folder,
+        )
 
     def train(self, until, losses=()):
         """Goes on to a step; `losses` are those of the validations, None where a loss is not finite."""
@@ -53,7 +57,10 @@ class Rig:
                 self.validate(losses[step])
 
     def validate(self, loss):
-        self.module.valid_loss, self.module.valid_rates = loss, {"valid/loss": math.nan if loss is None else loss}
+        self.module.valid_loss, self.module.valid_rates = (
+            loss,
+            {"valid/loss": math.nan if loss is None else loss},
+        )
         self.callback.on_validation_end(self.trainer, self.module)
 
     @property
@@ -81,7 +88,9 @@ def test_of_a_step_that_is_validated_the_checkpoint_waits_for_the_validation(tmp
 def test_the_best_validation_has_a_checkpoint_wherever_it_falls(tmp_path):
     rig = Rig(tmp_path, steps=20, checkpoint_every=100, val_every=3)
     rig.train(20, {3: 5.0, 6: 6.0, 9: 4.0, 12: 4.0, 15: None, 18: 3.0, 20: 9.0})
-    assert rig.written == [3, 9, 18, 20], "the equally good is no better, and a loss that is not finite never is"
+    assert rig.written == [3, 9, 18, 20], (
+        "the equally good is no better, and a loss that is not finite never is"
+    )
 
 
 def test_the_newest_few_and_the_best_are_kept(tmp_path):
@@ -175,7 +184,8 @@ def test_speed_is_tokens_of_all_micro_batches_and_ranks_in_the_time_of_training(
 
 
 @pytest.mark.parametrize(
-    ("step", "validated", "made_up"), [(0, -1, False), (7, -1, False), (10, -1, True), (10, 10, False), (20, 10, True)]
+    ("step", "validated", "made_up"),
+    [(0, -1, False), (7, -1, False), (10, -1, True), (10, 10, False), (20, 10, True)],
 )
 def test_a_validation_that_was_due_is_made_up_for(step, validated, made_up):
     ran = []

@@ -8,6 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+
 from mixerlab.data import DataError
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.recipe.load import load_recipe
@@ -17,7 +19,6 @@ from mixerlab.lm.training.batches import Loaders
 from mixerlab.lm.training.diagnosis import explain, first_non_finite, memory_advice
 from mixerlab.options import ConfigError
 from tiny_runs import TINY, before_step, metric, run_dirs, train
-from torch import nn
 
 
 @pytest.fixture
@@ -90,7 +91,6 @@ def test_a_parameter_whose_gradient_alone_is_not_finite_is_named(decoder):
     assert first_non_finite(decoder, *batches()) == "the gradient of the parameter blocks.0.extra.weight"
 
 
-@pytest.mark.xfail(strict=True, reason="first_non_finite adds to the gradients that are there")
 def test_the_gradients_that_the_failed_step_left_are_not_taken_for_those_of_the_batch(decoder):
     for parameter in decoder.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
@@ -136,9 +136,11 @@ def test_a_loading_process_that_dies_ends_the_run_with_a_usable_checkpoint(
     tmp_path, options, monkeypatch, capsys
 ):
     def die():
-        """Once the rows before have been trained on: a death in the midst of handing them over looks different."""
+        """Once the rows before have arrived: a death in the midst of handing them over looks different."""
         (run,) = run_dirs(tmp_path)
-        while 8 not in metric(run, "train/loss"):
+        for _ in range(1200):
+            if 7 in metric(run, "train/loss"):  # the rows of step 8 are read ahead
+                break
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -208,16 +210,15 @@ def test_a_full_disk_ends_the_run_with_a_usable_checkpoint(tmp_path, options, mo
     [
         (ConfigError("seed = -1"), "seed = -1"),
         (DataError("data.files: gone"), "data.files: gone"),
-        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. \nMore"), "a data loading process died"),
+        (
+            RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. \nMore"),
+            "a data loading process died",
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "x.ckpt"), "the disk is full: x.ckpt. Make room"),
         (PermissionError(errno.EACCES, "Permission denied", "x.csv"), "x.csv: Permission denied"),
         (RuntimeError("[gloo] Connection closed by peer"), "lost another process of the run"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory before training began"),
-        pytest.param(
-            ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
-            "a data loading process died",
-            marks=pytest.mark.xfail(strict=True, reason="a worker that dies while it hands over a tensor"),
-        ),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "a data loading process died"),
         (ZeroDivisionError("by zero"), None),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
     ],

@@ -1,6 +1,7 @@
 """Dry runs: sizes, costs and the lines that start a run, with nothing written."""
 
 import pytest
+
 from mixerlab.lm.recipe.load import SHIPPED, load_recipe
 from mixerlab.lm.training.dry_run import launch_lines
 from tiny_runs import TINY, train
@@ -35,7 +36,9 @@ def test_the_line_that_starts_a_run_can_be_pasted_into_a_shell():
     assert lines["start it with"] == "mixerlab train quickstart 'model.mixer=[mamba2, sessa]'"
     torchrun = "torchrun --standalone --nproc-per-node 2 -m mixerlab train quickstart"
     assert lines["with torchrun"].startswith(torchrun)
-    assert list(launch_lines(load_recipe("quickstart", strategy={"accelerator": "cpu"}), [])) == ["start it with"]
+    assert list(launch_lines(load_recipe("quickstart", strategy={"accelerator": "cpu"}), [])) == [
+        "start it with"
+    ]
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed", "bf16-true"])

@@ -6,6 +6,8 @@ import signal
 import time
 
 import pytest
+from rich.console import Console
+
 from mixerlab.kernels.backend import BackendError
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.run.checkpoint import read_meta
@@ -13,7 +15,6 @@ from mixerlab.lm.run.folder import Run
 from mixerlab.lm.training.diagnosis import NonFiniteError
 from mixerlab.lm.training.endings import InterruptedRun, exit_code_of
 from mixerlab.options import ConfigError
-from rich.console import Console
 from started_runs import LONG, assert_same_curves, finish, layout, plugin, start, wait_for_step
 from tiny_runs import metric, run_dirs
 
@@ -137,7 +138,9 @@ def test_every_end_has_its_exit_code(raised, code):
 
 
 def test_an_end_is_told_in_one_line(capsys):
-    assert "stopped: SIGTERM; a checkpoint is written, continue with" in ended(InterruptedRun("SIGTERM", 15))[1]
+    assert (
+        "stopped: SIGTERM; a checkpoint is written, continue with" in ended(InterruptedRun("SIGTERM", 15))[1]
+    )
     for raised, line in (
         (ConfigError("seed = -1: expected at least 0"), "error: seed = -1: expected at least 0\n"),
         (NonFiniteError("step 3: loss nan"), "stopped: step 3: loss nan\n"),

@@ -10,10 +10,13 @@ import signal
 import subprocess
 import sys
 
-import mixerlab
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mixerlab
 from mixerlab.data import build_data
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.sharding import make_decoder
@@ -24,8 +27,6 @@ from mixerlab.lm.training.batches import Steps, collate_micro_batches
 from mixerlab.lm.training.fit import count_steps, report
 from mixerlab.lm.training.module import LanguageModel
 from mixerlab.options import ConfigError
-from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import ROOT, TINY, generate, golden_curve, interrupt, metric, run_dirs, train
 
 
@@ -333,14 +334,13 @@ def test_a_finished_run_goes_on_to_more_steps(tmp_path, options, capsys):
     assert sorted(metric(run, "train/loss")) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path, options, monkeypatch):
-    arguments = [TINY, *options, "trainer.batch_size=2"]
-    assert train(*arguments) == 0
+def stop_in_the_validation(monkeypatch, arguments, step):
+    """Trains until a signal arrives while the validation of `step` is at its second batch."""
     validating = []
     validation_step, largest = LanguageModel.validation_step, World.max
 
     def noted(self, batch, batch_idx, *loader):
-        if self.trainer.global_step == 10:
+        if self.trainer.global_step == step:
             validating.append(batch_idx)
         return validation_step(self, batch, batch_idx, *loader)
 
@@ -351,8 +351,14 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path, options, mon
         patched.setattr(LanguageModel, "validation_step", noted)
         patched.setattr(World, "max", signalled)
         assert train(*arguments) == 75
-    whole, stopped = run_dirs(tmp_path)
     assert validating == [0]
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path, options, monkeypatch):
+    arguments = [TINY, *options, "trainer.batch_size=2"]
+    assert train(*arguments) == 0
+    stop_in_the_validation(monkeypatch, arguments, step=10)
+    whole, stopped = run_dirs(tmp_path)
     last = Run(stopped).checkpoints.last()
     assert (read_meta(last)["global_step"], read_meta(last)["metrics"]) == (10, None)
     assert metric(stopped, "valid/loss") == {}
@@ -363,6 +369,16 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path, options, mon
     with (stopped / "metrics.csv").open() as file:
         rows = [tuple(line.split(",")[:2]) for line in file]
     assert len(rows) == len(set(rows)), "nothing is logged twice"
+
+
+def test_a_validation_that_is_made_up_for_writes_no_checkpoint_anew(tmp_path, options, monkeypatch):
+    arguments = [TINY, *options, "trainer.batch_size=2", "trainer.steps=12"]
+    stop_in_the_validation(monkeypatch, arguments, step=10)
+    (run,) = run_dirs(tmp_path)
+    file = Run(run).checkpoints.last() / "state.ckpt"
+    before = file.stat()
+    assert train(*arguments, "resume=auto") == 0
+    assert (before.st_ino, before.st_mtime_ns) == (file.stat().st_ino, file.stat().st_mtime_ns)
 
 
 def into_the_old_form(run, step):
@@ -395,7 +411,12 @@ def into_the_old_form(run, step):
         },
         "epoch_loop.manual_optimization.optim_step_progress": {"total": none, "current": none},
     }
-    scheduler = {"base_lrs": [lr, lr], "last_epoch": step, "_step_count": step + 1, "lr_lambdas": [None, None]}
+    scheduler = {
+        "base_lrs": [lr, lr],
+        "last_epoch": step,
+        "_step_count": step + 1,
+        "lr_lambdas": [None, None],
+    }
     state |= {"loops": {"fit_loop": fit_loop}, "lr_schedulers": [scheduler], "recipe": recipe}
     save(state, run.checkpoints.at(step))
     environment = json.loads((run.path / "environment.json").read_text())

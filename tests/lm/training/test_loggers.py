@@ -4,12 +4,13 @@ import csv
 
 import pytest
 import torch
-from mixerlab.lm.recipe.load import load_recipe
-from mixerlab.lm.run.start import Start
-from mixerlab.lm.training.loggers import CSVMetrics, TensorBoard, compared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from mixerlab.lm.recipe.load import load_recipe
+from mixerlab.lm.run.start import Start
+from mixerlab.lm.training.loggers import CSVMetrics, TensorBoard, compared
 
 
 def rows(path):
@@ -27,7 +28,11 @@ def test_a_new_file_has_a_header_and_a_line_for_each_value(path):
     assert rows(path) == [["step", "metric", "value"]]
     logger.log_metrics({"train/loss": 0.1, "train/accuracy": 1}, step=3)
     logger.log_metrics({"valid/loss": float("nan")}, step=4)
-    assert rows(path)[1:] == [["3", "train/loss", "0.1"], ["3", "train/accuracy", "1.0"], ["4", "valid/loss", "nan"]]
+    assert rows(path)[1:] == [
+        ["3", "train/loss", "0.1"],
+        ["3", "train/accuracy", "1.0"],
+        ["4", "valid/loss", "nan"],
+    ]
 
 
 def test_values_keep_every_digit(path):
@@ -73,7 +78,12 @@ def test_a_run_that_starts_anew_in_an_old_folder_drops_everything(path):
 def summaries(folder):
     """Every value in the folder's event files: (step, value)."""
     files = sorted(folder.glob("events.out.*"))
-    return [(event.step, value) for f in files for event in EventFileLoader(str(f)).Load() for value in event.summary.value]
+    return [
+        (event.step, value)
+        for f in files
+        for event in EventFileLoader(str(f)).Load()
+        for value in event.summary.value
+    ]
 
 
 def comparison(folder):
@@ -95,7 +105,9 @@ def test_the_metrics_of_a_step_are_one_record(tmp_path):
     logger = TensorBoard(tmp_path, 0)
     logger.log_metrics({"a": 1, "b": torch.tensor(2.0), "c": float("nan")}, 7)
     logger.save()
-    (event,) = [e for f in tmp_path.glob("events.out.*") for e in EventFileLoader(str(f)).Load() if e.summary.value]
+    (event,) = [
+        e for f in tmp_path.glob("events.out.*") for e in EventFileLoader(str(f)).Load() if e.summary.value
+    ]
     assert event.step == 7
     assert [value.tag for value in event.summary.value] == ["a", "b", "c"]
 
@@ -107,7 +119,17 @@ def test_the_row_of_a_run_starts_with_what_people_compare(tmp_path):
     logger.log_comparison(compared(recipe, 1_234_567, 10**6), ["valid/bits_per_byte", "valid/loss"])
     logger.save()
     columns, name, values, metrics = comparison(folder)
-    assert columns == ["mixer", "parameters", "d_model", "n_layers", "lr", "seed", "tokens", "block", "changed"]
+    assert columns == [
+        "mixer",
+        "parameters",
+        "d_model",
+        "n_layers",
+        "lr",
+        "seed",
+        "tokens",
+        "block",
+        "changed",
+    ]
     assert name == folder.name
     assert values["mixer"] == "mamba2+sessa"
     assert values["changed"] == "mixer=mamba2+sessa-lr=0.003"
@@ -151,4 +173,9 @@ def test_a_resumed_run_purges_the_steps_that_it_repeats(tmp_path):
         logger.save()
         logger.finalize("success")
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, round(e.value, 1)) for e in events.Scalars("train/loss")] == [(1, 0.1), (2, 0.2), (3, 2.3), (4, 2.4)]
+    assert [(e.step, round(e.value, 1)) for e in events.Scalars("train/loss")] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 2.3),
+        (4, 2.4),
+    ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mixerlab.lm.training.metrics import TokenMetrics, rates, token_sums
 
 N_TOKENS = 11
@@ -51,7 +52,9 @@ def test_the_rates_are_those_of_a_plain_loop(shapes, seed):
     metrics = TokenMetrics(TOKEN_BYTES)
     for part in batches:
         metrics.update(*part)
-    assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(plain_loop(batches))
+    assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(
+        plain_loop(batches)
+    )
 
 
 def test_without_text_there_are_no_bits_per_byte():
@@ -63,7 +66,11 @@ def test_without_text_there_are_no_bits_per_byte():
 def test_many_small_losses_are_summed_exactly():
     metrics = TokenMetrics()
     for _ in range(3):
-        metrics.update(torch.full((1, 2**22), 1e-3), torch.zeros(1, 2**22, dtype=torch.bool), torch.zeros(1, 2**22).long())
+        metrics.update(
+            torch.full((1, 2**22), 1e-3),
+            torch.zeros(1, 2**22, dtype=torch.bool),
+            torch.zeros(1, 2**22).long(),
+        )
     assert float(metrics.compute()["loss"]) == pytest.approx(float(torch.tensor(1e-3)), rel=1e-9)
 
 
@@ -85,4 +92,6 @@ def test_a_reset_starts_anew():
     metrics.update(*batch(1, 3, 9))
     metrics.reset()
     metrics.update(*part)
-    assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(plain_loop([part]))
+    assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(
+        plain_loop([part])
+    )

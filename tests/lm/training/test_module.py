@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from mixerlab.data import build_data
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.recipe.load import load_recipe
@@ -42,7 +43,13 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize(
     "counts",
     [[(9, 2, 5)], [(9,), (2,), (5,)], [(9, 2), (5,)], [(0, 9), (3, 0)], [(9,), (0,)]],
-    ids=["one batch", "micro-batches", "micro-batches of several sizes", "rows without labels", "none at all"],
+    ids=[
+        "one batch",
+        "micro-batches",
+        "micro-batches of several sizes",
+        "rows without labels",
+        "none at all",
+    ],
 )
 def test_the_gradient_is_that_of_the_mean_over_all_labels_in_one_batch(counts):
     batches = micro_batches(*counts)
@@ -151,7 +158,9 @@ def test_a_step_reports_the_rates_of_its_own_micro_batches_alone():
     loss = float(sum(nll.sum() for nll, _ in parts) / 16)
     assert float(module.step_metrics["loss"]) == pytest.approx(loss)
     assert float(module.step_metrics["perplexity"]) == pytest.approx(math.exp(loss))
-    assert float(module.step_metrics["accuracy"]) == pytest.approx(sum(int(hit.sum()) for _, hit in parts) / 16)
+    assert float(module.step_metrics["accuracy"]) == pytest.approx(
+        sum(int(hit.sum()) for _, hit in parts) / 16
+    )
 
 
 def test_what_is_reported_is_of_all_ranks():
@@ -196,7 +205,9 @@ def test_no_two_seeds_of_dropout_are_the_same():
 
 
 def test_mixers_know_how_many_micro_batches_make_a_step():
-    module = attached(tiny("trainer.accumulate=3", "model.mixer={name: parallel, mixers: [mamba, attention]}"))
+    module = attached(
+        tiny("trainer.accumulate=3", "model.mixer={name: parallel, mixers: [mamba, attention]}")
+    )
     mixers = [m for m in module.modules() if isinstance(m, Mixer)]
     assert len(mixers) == 6
     assert {mixer.micro_batches for mixer in mixers} == {3}
@@ -265,7 +276,9 @@ def test_a_step_that_is_not_finite_ends_the_run_unless_it_may_be_left_out(monkey
     module = attached(tiny())
     before, _ = snapshot(module)
     spoil(module, monkeypatch)
-    with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*The weights are as they were before this step"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: loss nan.*The weights are as they were before this step"
+    ):
         module.training_step(micro_batches((9, 3)), 0)
     assert all(torch.equal(value, before[name]) for name, value in snapshot(module)[0].items())
     assert module.world.all_raised

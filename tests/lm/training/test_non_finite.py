@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+
 from mixerlab.lm.model.decoder import Decoder
+from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.lm.run.checkpoint import CheckpointError, read, read_meta
 from mixerlab.lm.run.folder import Run
 from mixerlab.lm.training.module import LanguageModel
 from mixerlab.lm.training.non_finite import NonFiniteError, NonFiniteSteps
-from mixerlab.lm.parallel.processes import World
 from one_step import fake_trainer, micro_batches
 from started_runs import FSDP, LONG, finish, layout, plugin, start
 from tiny_runs import TINY, metric, run_dirs, train
@@ -132,17 +133,24 @@ def test_a_batch_that_cannot_be_saved_and_a_checkpoint_that_cannot_be_written_ar
     trainer = fake_trainer(6, save_checkpoint=refuse)
     with pytest.raises(NonFiniteError) as caught:
         steps.handle(trainer, math.nan, math.inf, micro_batches((4,)), [1])
-    assert "step 7: loss nan, gradient norm inf; first not finite: the output of norm (LayerNorm)" in str(caught.value)
+    assert "step 7: loss nan, gradient norm inf; first not finite: the output of norm (LayerNorm)" in str(
+        caught.value
+    )
     assert "the batch could not be saved: [Errno 28] No space left on device" in str(caught.value)
     assert "step-00000006 cannot be written" in str(caught.value)
 
 
-def test_the_rank_whose_module_made_the_number_is_named_and_not_one_whose_gradient_it_reached(tmp_path, options):
+def test_the_rank_whose_module_made_the_number_is_named_and_not_one_whose_gradient_it_reached(
+    tmp_path, options
+):
     steps = handler(tmp_path, options, devices=2)
     names = ["the gradient of the parameter norm.weight", "the output of blocks.1.mixer"]
     steps.world.gather = lambda name: names
     trainer = fake_trainer(6, save_checkpoint=lambda folder: None)
-    with pytest.raises(NonFiniteError, match="first not finite on rank 1: the output of blocks.1.mixer; the batch is in .*-rank-1.pt"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"first not finite on rank 1: the output of blocks\.1\.mixer; the batch is in .*-rank-1\.pt",
+    ):
         steps.handle(trainer, math.nan, math.nan, micro_batches((4,)), [1])
 
 

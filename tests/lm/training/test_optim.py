@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mixerlab.lm.model.decoder import Decoder, spared_parameters
 from mixerlab.lm.recipe.schema import OptimConfig
 from mixerlab.lm.training.optim import build_optimizer, lr_factor
@@ -56,7 +57,9 @@ def test_norms_biases_and_gains_are_not_decayed():
     assert "norm.weight" in not_decayed
     assert all(before[name].ndim == 2 for name in decayed)
     assert all(before[name].ndim == 1 for name in not_decayed)
-    assert zero <= spared_parameters(decoder, "no_decay"), "biases start at zero, and are in the group without decay"
+    assert zero <= spared_parameters(decoder, "no_decay"), (
+        "biases start at zero, and are in the group without decay"
+    )
     groups = {
         names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
     }
