@@ -166,7 +166,8 @@ def test_a_folder_is_replaced(folder, temporary):
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_a_crash_while_a_folder_is_replaced_loses_neither(folder, temporary, monkeypatch, renames):
-    rename, done = Path.rename, []
+    rename = Path.rename
+    done: list[Path] = []
 
     def crash(path, target):
         if len(done) == renames:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
         assert start.run is not None
         report(start.run, "", console)
         return start.run
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
+    say = partial(console.print, highlight=False, soft_wrap=True)
     run = world.ask_main(lambda: start.open(recipe, data, steps, world.size, say))
     lock = run.lock() if world.rank == 0 else None
     try:

@@ -1,6 +1,7 @@
 """The optimiser step and the callbacks around it, without a trainer."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def fake_trainer(step=0, max_steps=10, precision="32", **more):
 def attached(recipe, vocab_size=257, double=True, step=0, **options):
     """A module that can take a step; its decoder is in float64 unless said otherwise."""
     decoder = make_decoder(recipe, vocab_size)
-    module = LanguageModel(recipe, decoder.double() if double else decoder, total_steps=20, **options)
+    module: Any = LanguageModel(recipe, decoder.double() if double else decoder, total_steps=20, **options)
     optimizer = module.configure_optimizers()
     module.optimizers = lambda: optimizer
     module.manual_backward = lambda loss: loss.backward()

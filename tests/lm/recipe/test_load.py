@@ -329,6 +329,7 @@ def test_a_recipe_of_an_older_version_is_read_with_the_names_of_today(folder):
     )
     model = load_saved(folder / "recipe.yaml").model
     assert model.mlp_dim == 64
+    assert isinstance(model.mixer, list)
     first, second = model.mixer
     assert first.options.head_dim == 8
     attention, mamba2 = second.options.mixers

@@ -97,7 +97,8 @@ def test_a_new_run_gets_a_folder(recipe, data):
 
 
 def test_a_continued_run_says_what_is_otherwise_than_before(make_run, recipe, data):
-    run, said = make_run(), []
+    run = make_run()
+    said: list[str] = []
     run.finish(5, {})
     (run.checkpoints.folder / "step-00000009").mkdir()  # damaged
     wanted = recipe(f"resume={run.path}", "trainer.steps=30", "trainer.batch_size=2", "trainer.accumulate=2")

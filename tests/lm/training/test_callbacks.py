@@ -33,7 +33,7 @@ class Rig:
         self.module = SimpleNamespace(valid_loss=None, valid_rates={})
         self.trainer = fake_trainer(first, steps, save_checkpoint=self.save)
         self.trainer.is_global_zero = is_main
-        self.callback.on_train_start(self.trainer, self.module)
+        self.callback.on_fit_start(self.trainer, self.module)
 
     def save(self, folder):
         step = self.trainer.global_step
@@ -188,10 +188,10 @@ def test_speed_is_tokens_of_all_micro_batches_and_ranks_in_the_time_of_training(
     [(0, -1, False), (7, -1, False), (10, -1, True), (10, 10, False), (20, 10, True)],
 )
 def test_a_validation_that_was_due_is_made_up_for(step, validated, made_up):
-    ran = []
+    ran: list[bool] = []
+    trainer = fake_trainer(step, validating=False, training=True)
     loop = SimpleNamespace(run=lambda: ran.append(trainer.validating))
-    trainer = fake_trainer(step, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(val_loop=loop)))
-    trainer.validating, trainer.training = False, True
+    trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(val_loop=loop))
     PendingValidation(10).on_train_start(trainer, SimpleNamespace(validated_step=validated))
     assert ran == [True] * made_up
     assert trainer.training

@@ -214,7 +214,7 @@ def test_mixers_know_how_many_micro_batches_make_a_step():
 
 
 def test_low_precision_ends_with_the_forward_pass(monkeypatch):
-    seen = {"forward": [], "optimiser": []}
+    seen: dict[str, list[bool]] = {"forward": [], "optimiser": []}
     module = attached(tiny("trainer.precision=bf16-mixed"), double=False)
     optimizer, forward = module.optimizers(), module.decoder.forward
     step = optimizer.step
