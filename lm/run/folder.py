@@ -54,7 +54,10 @@ class Run:
         """Makes the folder of a new run, with the recipe and the environment in it. Raises ConfigError."""
         run = cls(new_path(recipe))
         try:
-            run.checkpoints.folder.mkdir(parents=True)
+            run.path.mkdir(parents=True)
+            run.checkpoints.folder.mkdir()
+        except FileExistsError:  # another process has taken the name since
+            return cls.create(recipe)
         except OSError as error:
             raise ConfigError(
                 f"logging.dir = {recipe.logging.dir!r}: {run.path} cannot be made: {error.strerror}; expected a folder "
