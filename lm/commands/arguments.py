@@ -40,6 +40,13 @@ def _device(text: str) -> str:
     import torch
 
     try:
-        return str(torch.device(text))
+        device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: expected cpu or cuda") from None
+        device = None
+    if (
+        device is None
+        or device.type not in ("cpu", "cuda")
+        or (device.index or 0) > torch.cuda.device_count()
+    ):
+        raise argparse.ArgumentTypeError(f"{text}: expected cpu or cuda")
+    return str(device)

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         recipe = sized(load_recipe(args.recipe, [*overrides, *chosen]))
         names = ", ".join(choice.name for choice in mixers_of(recipe))
         columns[mixer or names] = costs(recipe, args.lengths)
-    table = Table(title=args.recipe, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=escape(args.recipe), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for mixer in columns:
         table.add_column(escape(mixer), justify="right")

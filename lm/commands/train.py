@@ -29,6 +29,7 @@ def main(arguments: Sequence[str], program: Sequence[str] = ("-P", "-m", "mixerl
         description="Train a model from a recipe.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe such as quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace what the recipe says")

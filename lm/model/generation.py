@@ -37,6 +37,11 @@ def generate(
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"max_new_tokens = {max_new_tokens}, temperature = {temperature}, top_p = {top_p}: expected at least 1, at "
+            "least 0, and above 0 and at most 1"
+        )
     device = decoder.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     max_len = max(len(prompt) for prompt in prompts) + max_new_tokens

@@ -78,7 +78,8 @@ class World:
                 problem = error
             try:
                 reply = pickle.dumps((answer, problem))
-            except Exception:  # an exception of some library that cannot travel; rank 0 raises it itself
+            except Exception as error:  # of some library, or a plug-in's, that cannot travel
+                problem = problem or error
                 reply = pickle.dumps((None, LostProcessError(f"rank 0 failed: {problem!r}")))
             self.store.set(key, reply)
         else:
@@ -197,6 +198,7 @@ def start(strategy: StrategyConfig, command: Sequence[str]) -> World:
         os.environ |= {"WORLD_SIZE": str(devices), "RANK": "0", "LOCAL_RANK": "0"}
         for rank in range(1, devices):
             variables = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # of plug-ins, however found
             children.append(subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL))
     rank = int(os.environ["LOCAL_RANK"])
     world = World(rank, rank, devices, 1, LightningEnvironment(), _children=children)

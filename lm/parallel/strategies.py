@@ -132,14 +132,16 @@ class CheckpointFolders(CheckpointIO):
         shutil.rmtree(path)
 
 
-def synchronise_gradients(strategy: Strategy, wanted: bool) -> None:
+def synchronise_gradients(strategy: Strategy, wanted: bool, in_shards: bool = False) -> None:
     """Whether the next backward pass brings the gradients of all ranks together, or adds them up on each rank.
 
-    Both DDP and FSDP2 take the mean over the ranks.
+    Both DDP and FSDP2 take the mean over the ranks. With `in_shards` FSDP2 adds up shards of them, which costs traffic
+    and saves the memory of whole ones; only the copies of a shard (HSDP) wait for the last pass.
     """
     if isinstance(strategy.model, DistributedDataParallel):
         strategy.model.require_backward_grad_sync = wanted  # what its no_sync() sets
     elif strategy.lightning_module is not None:
         for module in strategy.lightning_module.children():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(wanted)
+                set_sync = module.set_requires_all_reduce if in_shards else module.set_requires_gradient_sync
+                set_sync(wanted)

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +38,7 @@ def load_recipe(
     Raises:
         ConfigError: the message names the key, its value, and what would be right.
     """
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     layers = [*map(_parse_override, overrides), plain(sections)]
     if isinstance(source, Recipe):
         raw, name, folder = plain(source), source.name, Path()
@@ -52,6 +53,9 @@ def from_layers(
 ) -> Recipe:
     """The recipe of a file's mapping and what is laid over it; `folder` is where other recipes are looked for."""
     _refuse_two_horizons(layers)
+    for key in (f.name for layer in layers for f in fields(Recipe) if layer.get(f.name, f) is None):
+        if is_dataclass(getattr(Recipe(), key)) or key == "data":
+            raise ConfigError(f"{key} = null: expected options of that section, such as {key}.KEY=VALUE")
     changes: dict[str, Any] = {}
     for layer in layers:
         changes = _merge(changes, layer)
@@ -67,10 +71,13 @@ def from_layers(
     recipe.name = recipe.name or name
     for key in ("name", "label"):
         value = getattr(recipe, key)
-        if value is not None and Path(value).name != value:
-            raise ConfigError(f"{key} = {value!r}: expected the name of a folder, without slashes")
+        if value is not None and (
+            len(value) > LONGEST_NAME or not re.fullmatch(r"(?!\.\.?$)[^/\\\0]+", value)
+        ):
+            expected = f"expected the name of a folder, without slashes, of at most {LONGEST_NAME} characters"
+            raise ConfigError(f"{key} = {value!r}: {expected}")
     if changes.get("label") is None:
-        recipe.label = "-".join(filter(None, (recipe.label, label(changes)))) or None
+        recipe.label = label(changes, recipe.label)
     if recipe.model.match is not None:
         recipe.model.match = str(find_recipe(recipe.model.match, folder))
     return recipe
@@ -78,7 +85,16 @@ def from_layers(
 
 def to_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML; training from this text repeats the run."""
-    return yaml.safe_dump(plain(replace(recipe, resume=None)), sort_keys=False, allow_unicode=True)
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(plain(replace(recipe, resume=None)))))
+
+
+def _escaped(tree: Any) -> Any:
+    """Text that only looks like an interpolation, as it is read again."""
+    if isinstance(tree, dict):
+        return {key: _escaped(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_escaped(value) for value in tree]
+    return tree.replace("${", r"\${") if isinstance(tree, str) else tree
 
 
 def differing_keys(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -98,19 +114,24 @@ UNLABELLED = tuple(
     )
 )
 """Keys that say where and how a run trains, and do not tell one of an ablation from another."""
-LONGEST_VALUE, LONGEST_LABEL = 32, 100
+LONGEST_VALUE, LONGEST_LABEL, LONGEST_NAME = 32, 100, 128
 
 
-def label(changes: dict[str, Any]) -> str | None:
-    """What tells a run from others of its recipe: `mixer=mamba2+sessa-lr=0.003`; None where nothing does."""
-    parts = [
-        f"{key.removesuffix('.name').rpartition('.')[2]}={_short(value)}"
-        for key, value in _leaves(changes)
-        if not f"{key}.".startswith(UNLABELLED)
-    ]
+def label(changes: dict[str, Any], before: str | None = None) -> str | None:
+    """What tells a run from others of its recipe: `mixer=mamba2+sessa-lr=0.003`; None where nothing does.
+
+    `before` is the label that the recipe has already, in which what is changed again is replaced.
+    """
+    known = dict.fromkeys(re.split(r"-(?=[A-Za-z_]\w*=)", before)) if before else {}
+    shown = {part.partition("=")[0]: part for part in known}
+    for key, value in _leaves(changes):
+        if not f"{key}.".startswith(UNLABELLED):
+            name = key.removesuffix(".name").rpartition(".")[2]
+            shown[name] = f"{name}={_short(value)}"
+    parts = list(shown.values())
     whole = ""
     for n, part in enumerate(parts):
-        if len(whole) + len(part) > LONGEST_LABEL:
+        if len(whole) + len(part) >= LONGEST_LABEL:
             return f"{whole}-and-{len(parts) - n}-more"
         whole += f"-{part}" if whole else part
     return whole or None
@@ -130,8 +151,8 @@ def _short(value: Any) -> str:
     elif isinstance(value, dict):  # a mixer with options, in a list
         text = str(value.get("name", ""))
     else:
-        text = f"{value:g}" if isinstance(value, float) else show(value).strip("'\"").rpartition("/")[2]
-    return re.sub(r"[^\w.+=]+", "_", text)[:LONGEST_VALUE].strip("_") or "none"
+        text = f"{value:g}" if isinstance(value, float) else show(value).strip("'\"/").rpartition("/")[2]
+    return re.sub(r"[^\w.+=-]+", "_", text, flags=re.ASCII)[:LONGEST_VALUE].strip("_") or "none"
 
 
 def find_recipe(source: str | Path, folder: Path = Path()) -> Path:
@@ -172,9 +193,11 @@ def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"base = {base!r} in {path}: expected the path of a recipe, relative to this one")
-    if not (path.parent / base).is_file():
+    candidates = (path.parent / base, SHIPPED / base, SHIPPED / f"{base}.yaml")
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
         raise ConfigError(f"base = {base!r} in {path}: no such file as {path.parent / base}")
-    return _merge(read_with_bases(path.parent / base, (*seen, path.resolve())), raw)
+    return _merge(read_with_bases(found, (*seen, path.resolve())), raw)
 
 
 def load_saved(path: Path) -> Recipe:

@@ -159,6 +159,11 @@ class StrategyConfig:
     reduce_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "fsdp: dtype in which gradients are summed over devices"
     )
+    reduce_every: Literal["step", "micro_batch"] = option(
+        "step",
+        "fsdp: how often gradients are summed over devices; step: least traffic, but with trainer.accumulate > 1 each "
+        "device holds whole gradients meanwhile; micro_batch: shards of them alone",
+    )
     cpu_offload: bool = option(
         False, "fsdp: keep the shards and the optimiser in the CPU's memory; slow, for huge models"
     )
@@ -174,7 +179,7 @@ class StrategyConfig:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.name != "fsdp":
-            for key in ("replicate", "param_dtype", "reduce_dtype", "cpu_offload"):
+            for key in ("replicate", "param_dtype", "reduce_dtype", "reduce_every", "cpu_offload"):
                 if getattr(self, key) != getattr(StrategyConfig, key):
                     yield key, f"only used with strategy.name = fsdp, but it is {self.name}"
         if self.cpu_offload and self.accelerator == "cpu":

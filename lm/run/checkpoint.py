@@ -84,7 +84,7 @@ class Checkpoints:
     def named(self, name: str) -> Path:
         """The checkpoint "last", "best", or of a step's number. Raises CheckpointError."""
         found = {"last": self.last, "best": self.best}
-        folder = found[name]() if name in found else self.at(int(name)) if name.isdigit() else None
+        folder = found[name]() if name in found else self.at(int(name)) if name.isdecimal() else None
         if folder is None or not folder.is_dir():
             steps = ", ".join(str(step_of(f)) for f in self.all())
             has = f"that run has checkpoints of steps {steps}" if steps else "that run has none"

@@ -46,6 +46,9 @@ class Run:
         self.path = Path(path)
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.path,)  # what it has read stays here
+
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
@@ -74,8 +77,8 @@ class Run:
         if not path.is_dir():
             found = "that is a file" if path.exists() else "no such folder"
             raise ConfigError(f"run folder {path}: {found}; expected runs/<recipe name>/<run>")
-        if inside := sorted(path.glob("*/recipe.yaml")):
-            raise ConfigError(f"run folder {path}: it holds several runs; did you mean {inside[-1].parent}?")
+        if inside := [run for run in runs_of(path) if run.has_recipe]:
+            raise ConfigError(f"run folder {path}: it holds several runs; did you mean {inside[0].path}?")
         run = cls(path)
         needed = {"recipe.yaml": run.has_recipe, "checkpoints/step-*": bool(run.checkpoints.all())}
         for name, is_there in needed.items():
@@ -158,8 +161,16 @@ class Run:
 
     def metrics(self) -> pd.DataFrame:
         """All logged metrics: a row per step, a column per metric, empty where a step has no value."""
-        rows = pd.read_csv(self.path / "metrics.csv")
-        return rows.pivot_table(index="step", columns="metric", values="value", aggfunc="last")
+        path = self.path / "metrics.csv"
+        try:
+            rows = pd.read_csv(path)
+            return rows.pivot_table(
+                index="step", columns="metric", values="value", aggfunc="last", dropna=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"{path}: no table of metrics: {error}; expected the file of a run that was trained"
+            ) from None
 
     @property
     def has_tokenizer(self) -> bool:
@@ -172,11 +183,12 @@ class Run:
             raise ConfigError(f"run folder {self.path}: it has no tokenizer, so its tokens are not text")
         return tokenizer
 
-    def decoder(self, checkpoint: str = "last", device: str = "cpu") -> Decoder:
+    def decoder(self, checkpoint: str | int = "last", device: str | torch.device = "cpu") -> Decoder:
         """The trained decoder, in evaluation mode.
 
         `checkpoint` is "last", "best" or a step; it may be of any number of ranks. Raises ConfigError.
         """
+        checkpoint, device = str(checkpoint), str(device)
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device = {device!r}: no CUDA device is available here; expected cpu")
         folder = self.checkpoints.named(checkpoint)
@@ -196,14 +208,21 @@ class Run:
             raise ConfigError(f"checkpoint {folder} does not fit the recipe's decoder: {lines[1]}") from None
         return decoder.to(device).eval()
 
-    def generate(self, prompt: str = "", max_new_tokens: int = 200, **options: Any) -> str:
-        """The prompt with what the last checkpoint adds to it.
+    def generate(
+        self,
+        prompt: str = "",
+        max_new_tokens: int = 200,
+        *,
+        checkpoint: str | int = "last",
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> str:
+        """The prompt with what the trained decoder adds to it.
 
         `options` are `temperature`, `top_p` and `seed` of `lm.model.generation.generate`. Raises ConfigError.
         """
-        pieces = stream_texts(
-            self.decoder(), self.tokenizer(), [prompt], max_new_tokens=max_new_tokens, **options
-        )
+        tokenizer, decoder = self.tokenizer(), self.decoder(checkpoint, device)
+        pieces = stream_texts(decoder, tokenizer, [prompt], max_new_tokens=max_new_tokens, **options)
         return prompt + "".join(text for _, text in pieces)
 
 
@@ -228,18 +247,25 @@ def check_model(checkpoint: Path, recipe: Recipe) -> None:
     saved = read_meta(checkpoint).get("recipe")
     if saved is None:
         return
-    differing = list(differing_keys(saved["model"], plain(recipe)["model"], "model"))
+    now = _as_far_as(saved["model"], plain(recipe)["model"])
+    differing = list(differing_keys(saved["model"], now, "model"))
     if differing:
         listed = "; ".join(f"{key} is {a!r} there and {b!r} in the recipe" for key, a, b in differing)
         raise ConfigError(f"checkpoint {checkpoint} is of another recipe: {listed}. Remove it from this run")
 
 
+def _as_far_as(known: Any, tree: Any) -> Any:
+    """The part of `tree` that an older version, which had fewer options, knew."""
+    if isinstance(known, dict) and isinstance(tree, dict):
+        return {key: _as_far_as(value, tree.get(key)) for key, value in known.items()}
+    if isinstance(known, list) and isinstance(tree, list) and len(known) == len(tree):
+        return [_as_far_as(a, b) for a, b in zip(known, tree, strict=True)]
+    return tree
+
+
 def environment() -> dict[str, str | None]:
     """Versions, device, commit and time: what is needed to tell why two runs differ."""
     packages = ("mixerlab", "torch", "lightning", "triton", "torchmetrics", "tokenizers", "datasets", "numpy")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     on_gpu = torch.cuda.is_available()
     return {
         "started": datetime.now().isoformat(),
@@ -248,9 +274,21 @@ def environment() -> dict[str, str | None]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
         "threads": str(torch.get_num_threads()),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": _commit(),
         "command": " ".join(sys.argv),
     }
+
+
+def _commit() -> str | None:
+    """Of the repository that this file is in; None for an installed copy, or without git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,7 @@
 """What a run begins from: nothing, or the last checkpoint of an earlier one that it continues."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from mixerlab.options import ConfigError
 
 PLACE = (
     "strategy.",
+    "data.cache_dir",
     *(f"trainer.{key}" for key in ("batch_size", "accumulate", "num_workers", "max_time")),
 )
 """Keys that say where and for how long a run trains, not what; the rows of a step must stay as many."""
@@ -88,7 +89,7 @@ class Start:
                 say(f"  {key}: was {old!r}, now {new!r}")
             run.reopen()
             run.checkpoints.set_aside_after(self.step)
-            run.save_recipe(recipe)
+            run.save_recipe(replace(recipe, label=run.recipe.label))  # that of the folder
         data.save_tokenizer(run.path)
         run.save_data_fingerprint(data.fingerprint)
         return run

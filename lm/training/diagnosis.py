@@ -160,6 +160,8 @@ def memory_advice(recipe: Recipe, step: int, error: BaseException) -> str:
         changes.append("trainer.precision=bf16-mixed")
     if strategy.name != "fsdp":
         changes.append("strategy=fsdp on several devices")
+    elif accumulate > 1 and strategy.reduce_every == "step":
+        changes.append("strategy.reduce_every=micro_batch")
     elif not strategy.cpu_offload:
         changes.append("strategy.cpu_offload=true")
     if (seq_len := getattr(recipe.data.options, "seq_len", None)) is not None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mixerlab.data import build_data
@@ -49,7 +50,11 @@ def dry_run(recipe: Recipe, console: Console, arguments: Sequence[str]) -> None:
     groups = decoder.parameter_groups()
     total = sum(groups.values())
     table = Table(
-        "parameters", "number", "share", title=f"{recipe.name}: dry run on {device}", title_justify="left"
+        "parameters",
+        "number",
+        "share",
+        title=escape(f"{recipe.name}: dry run on {device}"),
+        title_justify="left",
     )
     for column in table.columns[1:]:
         column.justify = "right"
@@ -73,7 +78,7 @@ def dry_run(recipe: Recipe, console: Console, arguments: Sequence[str]) -> None:
     if device == "cuda":
         rows["peak on the GPU"] = size(torch.cuda.max_memory_allocated())
     for what, text in rows.items():
-        console.print(f"[bold]{what}[/bold]: {text}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{what}[/bold]: {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def launch_lines(recipe: Recipe, arguments: Sequence[str]) -> dict[str, str]:

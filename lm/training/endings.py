@@ -44,9 +44,11 @@ class Interruptions(Callback):
         self._received = 0
         self._when = 0.0
         self._before: dict[int, Any] = {}
+        self._others: list[Any] = []  # processes of the program that trains
 
     def __enter__(self) -> Self:
         """Takes over the signals; to be left when training is over."""
+        self._others = multiprocessing.active_children()
         if threading.current_thread() is threading.main_thread():
             for signum in self.SIGNALS:
                 self._before[signum] = signal.signal(signum, self._note)
@@ -55,7 +57,7 @@ class Interruptions(Callback):
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        _end_loading_processes()
+        _end_loading_processes(self._others)
 
     def _note(self, signum: int, frame: Any) -> None:
         # One that follows at once is the same, by way of the process group and of the parent.
@@ -85,9 +87,9 @@ class Interruptions(Callback):
             raise InterruptedRun(reason, received or None)
 
 
-def _end_loading_processes() -> None:
+def _end_loading_processes(others: list[Any]) -> None:
     """Ends those that an error left behind: they ignore SIGTERM, and Python would wait for them at its end."""
-    left = multiprocessing.active_children()
+    left = [process for process in multiprocessing.active_children() if process not in others]
     if left and threading.current_thread() is threading.main_thread():
         heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
         for process in left:

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's hints; bef
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
+from rich.markup import escape
 
-from mixerlab.data import DataModule, build_data
+from mixerlab.data import DataError, DataModule, build_data
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.model.match import sized
 from mixerlab.lm.model.precision import precision_plugin
@@ -67,6 +69,10 @@ def train(
         NonFiniteError, OutOfMemoryError, InterruptedRun, CheckpointError: the run goes on with `resume="auto"`.
     """
     recipe = sized(load_recipe(source, overrides, **sections))
+    if recipe.strategy.devices == "auto":
+        recipe = replace(recipe, strategy=replace(recipe.strategy, devices=1))
+    if dist.is_torchelastic_launched():
+        raise ConfigError("train() is one process; under torchrun start `-m mixerlab train` instead")
     if recipe.strategy.num_nodes > 1 or local_devices(recipe.strategy) > 1:
         raise ConfigError(
             f"strategy.devices = {recipe.strategy.devices!r}: from Python one process trains; expected "
@@ -86,6 +92,7 @@ class Training:
     data: DataModule
     world: World
     device: torch.device
+    decoder: Decoder
     console: Console
     deadline: float
     """When trainer.max_time is over, by time.monotonic()."""
@@ -100,6 +107,7 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
     if start.run is None and recipe.resume == "auto":
         console.print(
             f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one",
+            markup=False,
             soft_wrap=True,
         )
     data = build_data(recipe.data, recipe.seed)
@@ -115,11 +123,13 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
         assert start.run is not None
         report(start.run, "", console)
         return start.run
-    say = partial(console.print, highlight=False, soft_wrap=True)
+    # Made before anything is written: it may fail, and the run that goes on stays as it was.
+    decoder = make_decoder(recipe, data.vocab_size, make_mesh(recipe.strategy, world, device.type))
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     run = world.ask_main(lambda: start.open(recipe, data, steps, world.size, say))
     lock = run.lock() if world.rank == 0 else None
     try:
-        _fit(Training(recipe, run, start, steps, data, world, device, console, deadline))
+        _fit(Training(recipe, run, start, steps, data, world, device, decoder, console, deadline))
     finally:
         if lock is not None:
             lock.release()
@@ -148,8 +158,9 @@ def _prepare(data: DataModule) -> None:
     """All that can go wrong with the data, on one rank, so that it is said once."""
     data.prepare()
     data.setup()
-    data.train_dataset()
-    data.val_datasets()
+    for name, rows in {"the training split": data.train_dataset(), **data.val_datasets()}.items():
+        if not len(rows):
+            raise DataError(f"data: {name} has no rows; expected at least one")
 
 
 def count_steps(recipe: Recipe, n_rows: int, seq_len: int, n_devices: int = 1) -> int:
@@ -166,12 +177,10 @@ def count_steps(recipe: Recipe, n_rows: int, seq_len: int, n_devices: int = 1) -
 
 def _fit(t: Training) -> None:
     """Trains from the start to the last step, and writes the result."""
-    recipe, data, world = t.recipe, t.data, t.world
-    mesh = make_mesh(recipe.strategy, world, t.device.type)
-    decoder = make_decoder(recipe, data.vocab_size, mesh)
-    module = LanguageModel(
-        recipe, decoder, t.steps, data.token_bytes, tuple(data.val_datasets()), world, t.run
-    )
+    recipe, data, world, decoder = t.recipe, t.data, t.world, t.decoder
+    token_bytes = None if data.token_bytes is None else data.token_bytes.to(t.device)
+    names = tuple(data.val_datasets())
+    module = LanguageModel(recipe, decoder, t.steps, token_bytes, names, world, t.run)
     checkpoints = Checkpoints(t.run, recipe.trainer, HangWatch(world, recipe.strategy.timeout))
     interruptions = Interruptions(checkpoints, world, t.deadline)
     callbacks = _callbacks(t, decoder, checkpoints, interruptions)
@@ -253,6 +262,7 @@ def _announce(t: Training, decoder: Decoder, module: LanguageModel, loggers: Seq
     t.console.print(
         f"{recipe.name}: {parameters / 1e6:.2f}M parameters, {t.steps:,} steps of {rows} x {t.data.seq_len} tokens on "
         f"{on}\nrun folder {t.run.path}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -280,7 +290,7 @@ def report(run: Run, sample: str, console: Console) -> None:
         prompt = json.dumps(run.recipe.logging.sample_prompt)
         lines["generate   "] = f"mixerlab generate {run.path} --prompt {prompt}"
     for what, text in lines.items():
-        console.print(f"[bold]{what}[/bold]", text, highlight=False, soft_wrap=True)
+        console.print(f"[bold]{what}[/bold]", escape(text), highlight=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:

@@ -67,6 +67,7 @@ class LanguageModel(L.LightningModule):
         self.non_finite = NonFiniteSteps(recipe, decoder, self.world, run)
         self.valid_metrics = nn.ModuleList(TokenMetrics(token_bytes) for _ in valid_names)
         self.token_bytes = token_bytes
+        self.reduces_each_time = recipe.strategy.reduce_every == "micro_batch"
         self.step_metrics: dict[str, Tensor | float] = {}
         """Loss, gradient norm and so on of the last step."""
         self.validated_step = -1
@@ -80,12 +81,13 @@ class LanguageModel(L.LightningModule):
         step, optimizer = self.trainer.global_step, cast(torch.optim.Optimizer, self.optimizers())
         labelled = torch.stack([(batch["labels"] != IGNORE).sum() for batch in micro_batches])
         # Over all ranks. Gradients are averaged over them, and the loss is a sum over all labels: hence the factor.
-        scale = self.world.size / self.world.sum(labelled.sum())
+        scale = self.world.size / self.world.sum(labelled.sum()).clamp(min=1)
         sums = labelled.new_zeros(4, dtype=torch.float64)
         optimizer.zero_grad()
         for i, batch in enumerate(micro_batches):
             seed_dropout(self.seed_of(step, i), batch["labels"].device)
-            synchronise_gradients(self.trainer.strategy, wanted=i == len(micro_batches) - 1)
+            is_last = i == len(micro_batches) - 1
+            synchronise_gradients(self.trainer.strategy, is_last, self.reduces_each_time)
             with self.trainer.precision_plugin.forward_context():
                 nll, correct = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"))
             self.manual_backward(nll.sum() * scale)

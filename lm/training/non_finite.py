@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from mixerlab.data.module import IGNORE
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.recipe.schema import Recipe
@@ -33,7 +34,10 @@ class NonFiniteSteps:
         """Says what was found and saves the batches; drops the gradients, or raises NonFiniteError."""
         step = trainer.global_step + 1
         with trainer.precision_plugin.forward_context():  # the dtypes of the step itself
-            names = self.world.gather(first_non_finite(self.decoder, batches, seeds))
+            name = first_non_finite(self.decoder, batches, seeds)
+        if name is None and not any((batch["labels"] != IGNORE).any() for batch in batches):
+            name = "the mean over the labels, since no position of the step's rows has one"
+        names = self.world.gather(name)
         # Without gradients the optimiser changes nothing, its averages included.
         self.decoder.zero_grad(set_to_none=True)
         # A bad number of one rank reaches the parameters' gradients on all: the rank that saw it earlier made it.

@@ -24,10 +24,11 @@ def validate_run(
     data = build_data(recipe.data, recipe.seed)
     data.prepare()
     data.setup()
+    token_bytes = None if data.token_bytes is None else data.token_bytes.to(device)
     trainer = replace(recipe.trainer, val_batches=batches or recipe.trainer.val_batches)
     loaders = Loaders(data, trainer, recipe.seed, 0, World()).val_dataloader()
     for name, loader in zip(data.val_datasets(), loaders, strict=True):
-        yield name, validate(decoder, loader, TokenMetrics(data.token_bytes), trainer.precision)
+        yield name, validate(decoder, loader, TokenMetrics(token_bytes), trainer.precision)
 
 
 def validate(decoder: Decoder, loader: DataLoader, metrics: TokenMetrics, precision: str) -> dict[str, float]:

@@ -18,6 +18,10 @@ __all__ = ["Run", "load_recipe", "open_run", "train"]
 _WHERE = {"load_recipe": "lm.recipe.load", "train": "lm.training.fit", "Run": "lm.run.folder"}
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     # Imported when asked for: torch takes seconds, and the parts of this package import its root.
     if name == "open_run":

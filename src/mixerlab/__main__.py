@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 VERBS = {
     "train": "train a model from a recipe",
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb, *rest = given or ["--help"]
     if verb in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if verb == "--version":
+        print(f"mixerlab {version('mixerlab')}")
         return 0
     if verb not in VERBS:
         from mixerlab.options import one_of

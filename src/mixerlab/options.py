@@ -6,6 +6,7 @@ The bottom of the package: it imports nothing else of it, so that mixers, data a
 import copy
 import difflib
 import math
+import os
 import sys
 import types
 import typing
@@ -173,6 +174,10 @@ def plain(value: Any) -> Any:
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "shape", None) == ():  # a number of numpy or torch
+        return value.item()
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
