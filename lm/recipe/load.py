@@ -39,9 +39,9 @@ def load_recipe(
         ConfigError: the message names the key, its value, and what would be right.
     """
     overrides = [overrides] if isinstance(overrides, str) else overrides
-    layers = [*map(_parse_override, overrides), plain(sections)]
+    layers = [*map(_parse_override, overrides), _escaped(plain(sections))]
     if isinstance(source, Recipe):
-        raw, name, folder = plain(source), source.name, Path()
+        raw, name, folder = _escaped(plain(source)), source.name, Path()
     else:
         path = find_recipe(source)
         raw, name, folder = read_with_bases(path), path.stem, path.parent
