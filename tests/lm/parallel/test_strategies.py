@@ -20,7 +20,11 @@ from tiny_runs import generate, metric, run_dirs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [DDP, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [DDP, FSDP, ["strategy={name: fsdp, reduce_every: micro_batch}"]],
+    ids=["ddp", "fsdp", "fsdp, gradients in shards"],
+)
 def test_two_processes_train_as_one_does(tmp_path, unequal, strategy):
     finish(start(*unequal, *layout(1, 4)))
     finish(start(*unequal, *strategy, *layout(2, 1, accumulate=2)))

@@ -4,6 +4,7 @@ import math
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ from mixerlab.lm.recipe.load import (
 from mixerlab.mixers import MIXERS
 from mixerlab.mixers.mamba2 import Mamba2Config
 from mixerlab.options import ConfigError, plain
-from tiny_runs import ROOT, train
+from tiny_runs import ROOT, TINY, train
 
 BAD_FILES = {
     "not YAML": ("model: [unclosed", "bad.yaml: line 2, column 1", "not valid YAML"),
@@ -415,3 +416,29 @@ def test_any_label_is_the_name_of_a_folder(changes):
 def test_a_label_with_a_slash_is_refused(folder):
     with pytest.raises(ConfigError, match="label = 'a/b': expected the name of a folder, without slashes"):
         load_recipe("good.yaml", ["label=a/b"])
+
+
+def test_what_is_changed_again_is_replaced_in_the_label():
+    once = load_recipe(TINY, seed=1, model={"mixer": "attention"})
+    assert load_recipe(once, seed=2, optim={"lr": 1e-5}).label == "seed=2-mixer=attention-lr=1e-05"
+    assert load_recipe(once, label="mine").label == "mine"
+    assert load_recipe(load_recipe(once, label="mine"), seed=3).label == "mine-seed=3"
+
+
+def test_numbers_of_numpy_and_paths_are_taken_from_python(tmp_path):
+    rate, steps = np.logspace(-3, -2, 2)[0], np.int64(7)
+    recipe = load_recipe(TINY, optim={"lr": rate}, trainer={"steps": steps}, logging={"dir": tmp_path})
+    assert (recipe.optim.lr, recipe.trainer.steps, recipe.logging.dir) == (1e-3, 7, str(tmp_path))
+    assert load_recipe(TINY, "seed=4").seed == 4
+
+
+def test_a_section_cannot_be_taken_away():
+    for section in ("model", "data", "trainer"):
+        with pytest.raises(ConfigError, match=f"{section} = null: expected options of that section"):
+            load_recipe(TINY, [f"{section}="])
+
+
+def test_a_recipe_may_build_on_one_that_comes_with_mixerlab(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: quickstart\nseed: 5\n")
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert (recipe.seed, recipe.model.d_model) == (5, load_recipe("quickstart").model.d_model)

@@ -9,9 +9,10 @@ import torch
 
 from mixerlab.lm.recipe.load import load_recipe, to_yaml
 from mixerlab.lm.run import folder as module
-from mixerlab.lm.run.checkpoint import CheckpointError, save
+from mixerlab.lm.run.checkpoint import CheckpointError, read_meta, save
 from mixerlab.lm.run.folder import Run, check_model, new_path, runs_of
 from mixerlab.options import ConfigError, plain
+from mixerlab.sealed import write_meta
 
 
 @pytest.fixture
@@ -237,3 +238,29 @@ def test_the_saved_recipe_is_all_that_the_run_was(recipe):
     run = Run.create(wanted)
     assert (run.path / "recipe.yaml").read_text() == to_yaml(wanted)
     assert plain(run.recipe) == plain(wanted)
+
+
+def test_a_checkpoint_from_before_an_option_existed_is_read(make_run):
+    run = make_run()
+    folder = run.checkpoints.last()
+    meta = read_meta(folder)
+    del meta["recipe"]["model"]["dropout"], meta["recipe"]["model"]["mixer"]["gamma_max"]
+    write_meta(folder, meta)
+    assert run.decoder()(torch.tensor([[1, 2]])).shape == (1, 2, 257)
+
+
+def test_a_run_needs_no_git(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = Run.create(recipe())
+    assert json.loads((run.path / "environment.json").read_text())["git_commit"] is None
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "1e5", "true", "null", "~", "0x10", "${HOME}", "a: b", "[x]", "2026-11-26"]
+)
+def test_text_that_looks_like_something_else_is_read_as_it_was_written(recipe, text):
+    made = recipe()
+    made.logging.sample_prompt = made.label = text
+    run = Run.create(made)
+    assert run.recipe.logging.sample_prompt == text
+    assert run.recipe.label == text

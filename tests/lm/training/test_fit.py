@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mixerlab
 from mixerlab.data import build_data
+from mixerlab.data.text import TokenRows
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.sharding import make_decoder
 from mixerlab.lm.recipe.load import load_recipe
@@ -530,3 +533,43 @@ def test_any_mixer_trains_in_any_block(tmp_path, options, mixer, block):
 def test_the_horizon_in_steps(horizon, steps):
     recipe = load_recipe(TINY, [f"trainer.{horizon}", "trainer.accumulate=2"])  # 8 rows of 64 tokens per step
     assert count_steps(recipe, n_rows=80, seq_len=64) == steps
+
+
+def test_processes_of_the_program_that_trains_outlive_the_training(options):
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=[60])
+    other.start()
+    try:
+        mixerlab.train(TINY, options, trainer={"steps": 1}, console=Console(quiet=True))
+        assert other.is_alive()
+    finally:
+        other.kill()
+
+
+def test_text_in_brackets_is_printed_as_it_is(tmp_path, options, capsys):
+    prompt = "logging.sample_prompt='[INST] hi [/INST]'"
+    assert train(TINY, *options, "trainer.steps=1", prompt, "label='[mine]'") == 0
+    printed = capsys.readouterr().out
+    assert "[INST] hi [/INST]" in printed
+    assert str(run_dirs(tmp_path)[0]) in printed
+
+
+def test_a_continuation_that_cannot_start_leaves_the_run_as_it_was(tmp_path, options, capsys):
+    assert train(TINY, *options, "trainer.steps=2") == 0
+    run = run_dirs(tmp_path)[0]
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    mistake = "strategy={name: fsdp, replicate: 3}"
+    assert train(TINY, *options, f"resume={run}", "trainer.steps=4", mistake) == 2
+    assert "strategy.replicate = 3: it must divide the number of devices, 1" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_step_without_labels_says_so(tmp_path, options, monkeypatch, capsys):
+    get = TokenRows.__getitem__
+
+    def unlabelled(rows, i):
+        row = get(rows, i)
+        return {**row, "labels": torch.full_like(row["labels"], -100)}
+
+    monkeypatch.setattr(TokenRows, "__getitem__", unlabelled)
+    assert train(TINY, *options, "trainer.steps=1") == 1
+    assert "no position of the step's rows has one" in capsys.readouterr().err
