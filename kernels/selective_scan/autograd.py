@@ -107,9 +107,9 @@ def _backward(
 def _passes(triton: bool):
     """The module that holds `scan_forward` and `scan_backward`."""
     if triton:
-        from mixerlab.kernels.selective_scan import triton as fused  # here: triton need not be installed
+        from mixerlab.kernels.selective_scan import triton as kernels  # here: triton need not be installed
 
-        return fused
+        return kernels
     return chunked
 
 

@@ -118,6 +118,37 @@ class Wrapped(L.LightningModule):
         self.decoder = torch.nn.Linear(2, 2)
 
 
+COUNT = """
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as shards
+from mixerlab.lm.training.module import LanguageModel
+
+step, reduce, calls = LanguageModel.training_step, shards.foreach_reduce, []
+
+def counted(*args, **kwargs):
+    calls.append(1)
+    return reduce(*args, **kwargs)
+
+def reported(self, micro_batches, i):
+    calls.clear()
+    step(self, micro_batches, i)
+    if self.world.rank == 0:
+        print(f"{len(micro_batches)} micro-batches, {len(calls)} sums", flush=True)
+
+shards.foreach_reduce, LanguageModel.training_step = counted, reported
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "sums"), [("step", 3), ("micro_batch", 9)])
+def test_shards_of_gradients_are_summed_once_a_step_or_as_often_as_asked(tmp_path, unequal, every, sums):
+    (tmp_path / "counting.py").write_text(COUNT)
+    often = [f"strategy={{name: fsdp, reduce_every: {every}}}", "plugins=[counting]", "trainer.steps=2"]
+    process = start(*unequal, *often, *layout(2, 1, accumulate=3), env={"PYTHONPATH": str(tmp_path)})
+    out, _ = finish(process)
+    # Two blocks, and what is around them.
+    assert out.count(f"3 micro-batches, {sums} sums") == 2
+
+
 def test_one_process_has_gradients_to_bring_together_with_nobody():
     strategy = lightning_strategy(StrategyConfig(), World(), torch.device("cpu"))
     strategy.connect(Wrapped())
