@@ -22,7 +22,7 @@ def golden_cases():
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-@pytest.mark.parametrize("case", golden_cases())
+@pytest.mark.parametrize("case", sorted(golden_cases()))
 def test_equals_the_published_mixer_with_all_gradients(case, backend):
     hyper = golden_cases()[case]
     with safe_open(GOLDEN, "pt") as file:
