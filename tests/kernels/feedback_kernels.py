@@ -263,7 +263,9 @@ def test_error_is_at_most_1_2_times_the_textbook_compositions(T, dtype, monkeypa
             textbooks.append(errors(results(inputs, weights, backend="reference"), truth))
         for i, name in enumerate(["s", "dq", "dk", "df", "dgamma"]):
             our, textbook = (statistics.median(e[i] for e in es) for es in (ours, textbooks))
-            bar = max(1.2 * textbook, 4 * torch.finfo(dtype).eps)
+            # In float32 both errors are a few roundings, whose number depends on the machine's matrix products.
+            floor = 8 if dtype == torch.float32 else 4
+            bar = max(1.2 * textbook, floor * torch.finfo(dtype).eps)
             assert our <= bar, (
                 f"{name}, sharpness {sharpness}, gain {gain}: {our:.3g}, textbook {textbook:.3g}"
             )
