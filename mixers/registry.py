@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from mixerlab.mixers.mixer import Mixer
-from mixerlab.options import Choice, ConfigError, Registry, first_line, plain, report_problems, show
+from mixerlab.options import Choice, ConfigError, Registry, plain, report_problems
 
 MIXERS: Registry[Mixer] = Registry("mixer", "mixerlab.mixers")
 register_mixer = MIXERS.register
@@ -29,17 +29,10 @@ def choose_mixers(value: Any, path: str, d_model: int | None = None) -> Choice |
 def _choose(spec: Any, path: str, d_model: int | None) -> Choice:
     choice = MIXERS.choose(spec, path)
     options = choice.options
-    try:
+    with MIXERS.naming(choice.name, path):
         if d_model is not None:
             report_problems(options, path, d_model)
         defaults = type(options)()
-    except ConfigError:
-        raise
-    except Exception as error:  # a plug-in's config class may do anything, and the message must name it
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigError(
-            f"{path} = {show(choice.name)}: the mixer's config class failed: {reason}"
-        ) from error
     chosen = {}
     for name in _mixer_fields(options):
         inner, default = getattr(options, name), getattr(defaults, name)

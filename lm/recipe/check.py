@@ -28,7 +28,8 @@ def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
     recipe.model.mixer = choose_mixers(recipe.model.mixer, "model.mixer", width)
     recipe.data = DATA.choose(recipe.data, "data")
     if check_data:
-        report_problems(recipe.data.options, "data")
+        with DATA.naming(recipe.data.name, "data"):
+            report_problems(recipe.data.options, "data")
     if getattr(recipe.data.options, "pack", False):
         for name in (name for mixer in mixers_of(recipe) for name in without_segments(mixer)):
             raise ConfigError(

@@ -10,7 +10,8 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
@@ -312,14 +313,20 @@ class Registry(Generic[Base]):
         name = spec["name"]
         if name not in self.names():
             raise ConfigError(f"{path} = {show(name)}: no such {self.kind}; {one_of(name, self.names())}")
-        try:
+        with self.naming(name, path):
             schema = self.config_class(name)
             return Choice(name, check_options(schema, {k: v for k, v in spec.items() if k != "name"}, path))
+
+    @contextmanager
+    def naming(self, name: str, path: str) -> Iterator[None]:
+        """Around what a config class does: a plug-in's may do anything, and the message must name it."""
+        try:
+            yield
         except PluginError as error:
             raise ConfigError(f"{path} = {show(name)}: {error}") from error
         except ConfigError:
             raise
-        except Exception as error:  # a plug-in's config class may do anything, and the message must name it
+        except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise ConfigError(
                 f"{path} = {show(name)}: the {self.kind}'s config class failed: {reason}"

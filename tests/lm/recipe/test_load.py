@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixerlab.data import DATA
 from mixerlab.lm.recipe import load as load_module
 from mixerlab.lm.recipe.load import (
     LONGEST_LABEL,
@@ -442,3 +443,25 @@ def test_a_recipe_may_build_on_one_that_comes_with_mixerlab(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: quickstart\nseed: 5\n")
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert (recipe.seed, recipe.model.d_model) == (5, load_recipe("quickstart").model.d_model)
+
+
+def test_a_data_plugins_config_class_that_fails_is_named(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(DATA, "_entries", dict(DATA._entries))
+    (folder / "failing_data.py").write_text(
+        textwrap.dedent("""
+        from dataclasses import dataclass
+        from mixerlab.data import DataModule, register_data
+
+        @dataclass
+        class OddConfig:
+            def problems(self): raise KeyError("oops")
+
+        @register_data("odd", OddConfig)
+        class Odd(DataModule): pass
+        """)
+    )
+    with pytest.raises(
+        ConfigError, match=r"^data = 'odd': the data module's config class failed: KeyError: 'oops'$"
+    ):
+        load_recipe("good.yaml", ["plugins=[failing_data]", "data=odd"])
