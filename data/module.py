@@ -6,6 +6,7 @@ Letters: T input positions of a row, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,11 @@ class DataModule(ABC):
         segment_ids  (T,)  only where a row packs several documents: non-decreasing from 0
 
     `prepare` runs in one process of each machine, then `setup` in every process, and then the datasets are asked
-    for. A module that gives segment_ids has an option `pack`: a recipe whose mixers cannot keep documents apart is
-    refused before there are data.
+    for. A signal that asks the run to end raises in `prepare`, anywhere, as Ctrl-C does: nothing half written may be
+    taken for whole afterwards.
+
+    A module that gives segment_ids has an option `pack`: a recipe whose mixers cannot keep documents apart is refused
+    before there are data.
     """
 
     seq_len: int
@@ -60,6 +64,14 @@ class DataModule(ABC):
 
     token_bytes: Tensor | None = None
     """(V,) int64, the bytes of text each token stands for, 0 for the end of a document; None without text."""
+
+    report: Callable[[str], None] = staticmethod(lambda doing: None)
+    """For `prepare` to call, every few seconds of its work, with what it does ("tokenising"): a process that is silent
+    for longer than strategy.timeout is taken to hang. Training sets it."""
+
+    prepared: str = ""
+    """The fingerprint that `prepare` found in the run's first process; training sets it in the others. With it, they
+    may find what was prepared without looking at the documents. "" if it is not known."""
 
     config: Any
     seed: int
@@ -75,7 +87,8 @@ class DataModule(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the rows do: a resumed run compares it. Known after `prepare`; "" where rows cannot change."""
+        """Changes when the rows do: a resumed run compares it. Known after `prepare` or `setup`; "" where rows cannot
+        change."""
         return ""
 
     def prepare(self) -> None:  # noqa: B027  (many modules need none)

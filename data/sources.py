@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, NamedTuple
 
+from mixerlab.data.background import in_background
+from mixerlab.data.digests import Digests
 from mixerlab.data.module import DataError
+from mixerlab.options import first_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
@@ -29,11 +32,13 @@ class Document(NamedTuple):
 class Source(ABC):
     """Documents in a fixed order."""
 
-    total: float
-    """How much there is to read, in the unit of `Document.weight`: bytes of files, or documents."""
+    @property
+    @abstractmethod
+    def total(self) -> float:
+        """How much there is to read, in the unit of `Document.weight`: bytes of files, or documents."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
+    def fingerprint(self, digests: Digests) -> str:
         """Changes whenever the documents do."""
 
     @abstractmethod
@@ -49,10 +54,13 @@ class StdlibSource(Source):
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
         names = (path.relative_to(self.root) for path in self.root.rglob("*.py"))
         self.names = sorted(name.as_posix() for name in names if not skipped.intersection(name.parts))
-        self.total = sum((self.root / name).stat().st_size for name in self.names)
 
-    def fingerprint(self) -> str:
-        return _digest([*self.names, *_file_digests([self.root / name for name in self.names])])
+    @property
+    def total(self) -> float:
+        return sum((self.root / name).stat().st_size for name in self.names)
+
+    def fingerprint(self, digests: Digests) -> str:
+        return digests.of(self.names, [str(self.root / name) for name in self.names])
 
     def documents(self) -> Iterator[Document]:
         seen = set()  # a few files are copies, which could fall into different splits
@@ -70,18 +78,24 @@ class StdlibSource(Source):
 class FilesSource(Source):
     """Files: each text file is a document, as is each row of a JSON Lines or Parquet file."""
 
-    def __init__(self, files: Sequence[Path], column: str | None) -> None:
+    def __init__(self, files: Sequence[str], column: str | None) -> None:
         self.files = files
         self.column = column
-        self.total = sum(path.stat().st_size for path in files)
 
-    def fingerprint(self) -> str:
-        return _digest([str(self.column), *(path.suffix for path in self.files), *_file_digests(self.files)])
+    @property
+    def total(self) -> float:
+        return sum(os.path.getsize(name) for name in self.files)
+
+    def fingerprint(self, digests: Digests) -> str:
+        return digests.of([str(self.column), *map(suffix, self.files)], self.files)
 
     def documents(self) -> Iterator[Document]:
-        for path in self.files:
-            for text, weight in _READERS[path.suffix](path, self.column):
-                yield Document(text or "", text or "", weight)
+        for name in self.files:
+            try:
+                for text, weight in _READERS[suffix(name)](Path(name), self.column):
+                    yield Document(text or "", text or "", weight)
+            except OSError as error:
+                raise DataError(f"data.files: {name} cannot be read: {error.strerror or error}") from error
 
 
 class HubSource(Source):
@@ -129,14 +143,22 @@ class HubSource(Source):
     def total(self) -> float:
         return len(self.dataset)
 
-    def fingerprint(self) -> str:
-        return self.dataset._fingerprint  # of the files and everything done to them since
+    def fingerprint(self, digests: Digests) -> str:
+        dataset = in_background(
+            lambda _: self.dataset, lambda: digests.report(f"loading the dataset {self.name}")
+        )
+        return dataset._fingerprint  # of the files and everything done to them since
 
     def documents(self) -> Iterator[Document]:
-        for batch in self.dataset.iter(batch_size=1000):
-            for text in batch[self.column]:
-                text = _checked(text, self.column, self.name) or ""
-                yield Document(text, text, 1)
+        try:
+            for batch in self.dataset.iter(batch_size=1000):
+                for text in batch[self.column]:
+                    text = _checked(text, self.column, self.name) or ""
+                    yield Document(text, text, 1)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"data.column = {self.column!r}: {self.name} holds what is not UTF-8: {error}"
+            ) from error
 
 
 def _read_text(path: Path, column: str | None) -> Iterator[tuple[str, float]]:
@@ -159,6 +181,10 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[tuple[str | None, fl
                 row = json.loads(line)
             except ValueError as error:
                 raise DataError(f"data.files: {where} is not JSON: {error}") from error
+            except RecursionError as error:
+                raise DataError(
+                    f"data.files: {where} nests too many objects; expected one with a key per column"
+                ) from error
             if not isinstance(row, dict):
                 raise DataError(
                     f"data.files: {where} is {type(row).__name__}, not an object with a key per column"
@@ -178,11 +204,22 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str | None, 
                 names = ", ".join(file.schema_arrow.names)
                 raise DataError(f"data.column = {column!r}: {path} has no such column; it has {names}")
             weight = path.stat().st_size / max(file.metadata.num_rows, 1)
+            row = 0
             for batch in file.iter_batches(batch_size=1000, columns=[column]):
-                for text in batch[column].to_pylist():
-                    yield _checked(text, column, str(path)), weight
+                where = f"{path}, rows {row + 1} to {row + len(batch)}"
+                for text in _values(batch[column], where):
+                    yield _checked(text, column, where), weight
+                row += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"data.files: {path} is not a readable Parquet file: {error}") from error
+        raise DataError(f"data.files: {path} is not a readable Parquet file: {first_line(error)}") from error
+
+
+def _values(column: Any, where: str) -> list[Any]:
+    """Of a column of an Arrow table."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.files: {where}: the column holds what is not UTF-8 text: {error}") from error
 
 
 def _checked(text: Any, column: str | None, where: str) -> str | None:
@@ -191,7 +228,7 @@ def _checked(text: Any, column: str | None, where: str) -> str | None:
     try:
         text.encode()  # JSON can also hold half of a surrogate pair
     except (AttributeError, UnicodeEncodeError) as error:
-        raise DataError(f"data.column = {column!r}: {where} holds {text!r}, not text") from error
+        raise DataError(f"data.column = {column!r}: {where} holds {shortened(text)}, not text") from error
     return text
 
 
@@ -202,18 +239,5 @@ _READERS: dict[str, Callable[[Path, str | None], Iterator[tuple[str | None, floa
 }
 
 
-def _file_digests(files: Sequence[Path]) -> list[str]:
-    def digest(path: Path) -> str:
-        try:
-            file = path.open("rb")
-        except OSError as error:
-            raise DataError(f"data.files: {path} cannot be read: {error.strerror}") from error
-        with file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()
-
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        return list(pool.map(digest, files))
-
-
-def _digest(parts: Sequence[str]) -> str:
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+def suffix(name: str) -> str:
+    return os.path.splitext(name)[1]

@@ -213,22 +213,40 @@ def check_prepare_again(factory: Factory) -> None:
 
 
 def check_setup_alone(factory: Factory) -> None:
-    """After `prepare` in one process, others need `setup` alone, even if data of another seed were prepared since."""
-    data, other = ready(factory), factory(0)
+    """After `prepare` in one process, others need `setup` alone, even if data of another seed were prepared since.
+
+    That is so whether they are told the fingerprint (`prepared`) or not.
+    """
+    data = ready(factory)
     before = list(read(data))
     ready(factory, seed=1)
-    other.setup()
-    assert other.vocab_size == data.vocab_size, f"vocab_size is {other.vocab_size}, not {data.vocab_size}"
-    assert_same(iter(before), read(other), "after `setup` alone")
+    for prepared in ("", data.fingerprint):
+        other = factory(0)
+        other.prepared = prepared
+        other.setup()
+        assert other.vocab_size == data.vocab_size, f"vocab_size is {other.vocab_size}, not {data.vocab_size}"
+        assert_same(iter(before), read(other), "after `setup` alone")
 
 
 def check_fingerprint(factory: Factory) -> None:
-    """`fingerprint` is a str, known after `prepare`, and the same for the same rows."""
+    """`fingerprint` is a str, known after `prepare` and after `setup`, and the same for the same rows."""
     first, second = factory(0), factory(0)
     first.prepare()
-    second.prepare()
+    second.setup()
     assert isinstance(first.fingerprint, str), f"it is {first.fingerprint!r}"
     assert first.fingerprint == second.fingerprint, f"{first.fingerprint!r} != {second.fingerprint!r}"
+
+
+def check_report(factory: Factory) -> None:
+    """What `prepare` reports is one line of text, and rows do not depend on whether anybody listens."""
+    said: list[object] = []
+    data = factory(0)
+    data.report = said.append
+    data.prepare()
+    data.setup()
+    wrong = [doing for doing in said if not isinstance(doing, str) or not doing or "\n" in doing]
+    assert not wrong, f"it reports {wrong[0]!r}"
+    assert_same(read(ready(factory)), read(data), "of a module that reports")
 
 
 def check_token_bytes(factory: Factory) -> None:
@@ -282,6 +300,7 @@ CHECKS = (
     check_prepare_again,
     check_setup_alone,
     check_fingerprint,
+    check_report,
     check_token_bytes,
     check_tokenizer,
     check_global_generators,

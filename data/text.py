@@ -9,25 +9,24 @@ import difflib
 import glob
 import hashlib
 import json
-import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice, repeat
+from itertools import chain, islice, repeat, takewhile
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
+from mixerlab.data.background import in_background
 from mixerlab.data.cache import ensure_folder
-from mixerlab.data.module import IGNORE, DataError, DataModule, Rows
+from mixerlab.data.digests import Digests
+from mixerlab.data.module import DataError, DataModule, Rows
 from mixerlab.data.registry import register_data
+from mixerlab.data.rows import TokenRows, Writer
 from mixerlab.data.sources import (
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
@@ -36,13 +35,14 @@ from mixerlab.data.sources import (
     HubSource,
     Source,
     StdlibSource,
+    suffix,
 )
 from mixerlab.data.tokenizers import ByteTokenizer, TextTokenizer, load_tokenizer, read_tokenizer, train_bpe
 from mixerlab.options import option
 from mixerlab.sealed import damage
 
 FORMAT = 1
-"""Of the cache: raise it when the same settings and documents would give other files."""
+"""Of the cache: raise it when the same settings and documents would give other files. No run of before goes on then."""
 
 BATCH = 1 << 22
 """Characters that are tokenised at a time."""
@@ -108,10 +108,21 @@ class TextConfig:
         "false: they see each other",
     )
     cache_dir: str = option("~/.cache/mixerlab", "the folder that holds tokenised text")
+    verify_cache: bool = option(
+        False,
+        "compare the checksums of the whole cache at the start; false: only where sizes or times of its files "
+        "are not those of the last time",
+    )
     num_proc: int = option(1, "processes that download and convert a Hugging Face dataset", min=1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(option, what would be right) where something does not fit. No file is opened."""
+        for name in ("files", "valid_files", "tokenizer_file", "cache_dir"):
+            paths = getattr(self, name)
+            for path in paths if isinstance(paths, list) else filter(None, [paths]):
+                if problem := _path_problem(path):
+                    yield name, f"{problem}; the name of a file or folder that can be there is needed"
+                    return
         for name, source in {"files": "files", "valid_files": "files", "dataset": "hf"}.items():
             if getattr(self, name) and self.source != source:
                 yield name, f"only read with source = {source}, but source = {self.source}"
@@ -124,9 +135,7 @@ class TextConfig:
             for name in ("files", "valid_files"):
                 for pattern in getattr(self, name):
                     yield from ((name, problem) for problem in _pattern_problems(pattern))
-                has_columns = has_columns or any(
-                    p.suffix in TABLE_SUFFIXES for p in expand(getattr(self, name))
-                )
+                    has_columns = has_columns or not set(TABLE_SUFFIXES).isdisjoint(_examples(pattern))
         if self.source == "hf" and self.dataset is None:
             yield "dataset", "source = hf needs the name of a dataset"
         if has_columns and self.column is None:
@@ -143,27 +152,55 @@ class TextConfig:
                 yield "tokenizer_file", _missing(Path(self.tokenizer_file).expanduser())
 
 
-def expand(patterns: Sequence[str]) -> list[Path]:
+def expand(patterns: Sequence[str]) -> list[str]:
     """The files that paths and globs (** included) name: in their order, sorted within a glob, each once."""
-    files: dict[Path, None] = {}
+    files: dict[str, None] = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        files.update(dict.fromkeys(match for match in matches if match.is_file()))
+        path = str(Path(pattern).expanduser())
+        # Sorted as paths are, part by part; of very many files, objects for them would take seconds.
+        found = [path] if os.path.exists(path) else glob.iglob(path, recursive=True)
+        matches = sorted(found, key=lambda name: name.replace(os.sep, "\0"))
+        files.update(dict.fromkeys(name for name in matches if os.path.isfile(name)))
     return list(files)
+
+
+def _examples(pattern: str) -> dict[str, str]:
+    """A file of each suffix among those that a path or glob names."""
+    path, found = str(Path(pattern).expanduser()), {}
+    for name in [path] if os.path.exists(path) else glob.iglob(path, recursive=True):
+        if suffix(name) not in found and os.path.isfile(name):
+            found[suffix(name)] = name
+            if suffix(path) in TEXT_SUFFIXES + TABLE_SUFFIXES:
+                break  # the others have the same
+    return found
 
 
 def _pattern_problems(pattern: str) -> Iterator[str]:
     path = Path(pattern).expanduser()
-    suffixes = ", ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
+    suffixes = TEXT_SUFFIXES + TABLE_SUFFIXES
     if path.is_dir():
         yield f"{pattern} is a folder; for the files in it: {path / '**' / '*.txt'}"
     elif not path.exists() and not glob.has_magic(pattern):
         yield _missing(path)
-    elif not (files := expand([pattern])):
+    elif not (examples := _examples(pattern)):
         yield f"{pattern} matches no file"
-    elif others := [file for file in files if file.suffix not in TEXT_SUFFIXES + TABLE_SUFFIXES]:
-        yield f"{others[0]} is not one of {suffixes}"
+    elif others := sorted(examples.keys() - set(suffixes)):
+        yield f"{examples[others[0]]} is not one of {', '.join(suffixes)}"
+
+
+def _path_problem(path: str) -> str | None:
+    """Why nothing can have that name."""
+    try:
+        Path(path).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # of a name too long, of a NUL in it, of an unknown ~user
+        return f"{path!r} names nothing: {getattr(error, 'strerror', None) or error}"
+    return None
 
 
 def _missing(path: Path) -> str:
@@ -193,13 +230,16 @@ class TextData(DataModule):
         return self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
     def prepare(self) -> None:
-        with Console(stderr=True).status("looking for the documents"):
-            self._folder = self._cache_folder()
-        ensure_folder(self._folder, self._fill)
+        folder = self._agreed_folder()
+        if folder is None or damage(folder, checksums=False):
+            with Console(stderr=True).status("looking for the documents"):
+                folder = self._cache_folder()
+        self._folder = folder
+        ensure_folder(self._folder, self._fill, self.report, self.config.verify_cache)
         self.setup()
 
     def setup(self) -> None:
-        folder = self._folder or self._cache_folder()
+        folder = self._folder or self._agreed_folder() or self._cache_folder()
         if problem := damage(folder, checksums=False):
             raise RuntimeError(f"{folder}: {problem}; prepare() must run first, in one process")
         tokenizer = load_tokenizer(folder)
@@ -269,12 +309,21 @@ class TextData(DataModule):
             if name
         }
 
+    @property
+    def _caches(self) -> Path:
+        return Path(self.config.cache_dir).expanduser() / "text"
+
+    def _agreed_folder(self) -> Path | None:
+        """That of the run's first process, where it is known."""
+        return self._caches / self.prepared if self.prepared else None
+
     def _cache_folder(self) -> Path:
         """Named after the documents and every setting that decides what is in it."""
         config, sources = self.config, self._sources
+        digests = Digests(self._caches / "digests.json", self.report)
         settings: dict[str, Any] = {
             "format": FORMAT,
-            "documents": {split: source.fingerprint() for split, source in sources.items()},
+            "documents": {split: source.fingerprint(digests) for split, source in sources.items()},
             "max_documents": config.max_documents,
             "tokenizer": config.tokenizer,
         }
@@ -287,8 +336,7 @@ class TextData(DataModule):
             assert config.tokenizer_file is not None
             settings["tokenizer_file"] = _hash(Path(config.tokenizer_file).expanduser().read_bytes())
             settings["eod_token"] = config.eod_token
-        key = _hash(json.dumps(settings, sort_keys=True).encode())
-        return Path(config.cache_dir).expanduser() / "text" / key
+        return self._caches / _hash(json.dumps(settings, sort_keys=True).encode())
 
     def _fill(self, folder: Path) -> None:
         """Tokenises all documents into an empty folder."""
@@ -301,7 +349,7 @@ class TextData(DataModule):
         with Progress(*columns, console=Console(stderr=True)) as progress:
             tokenizer = self._new_tokenizer(progress)
             tokenizer.save(folder)
-            with _Writer(folder / "train", tokenizer) as train, _Writer(folder / "valid", tokenizer) as valid:
+            with Writer(folder / "train", tokenizer) as train, Writer(folder / "valid", tokenizer) as valid:
                 self._tokenise(tokenizer, {"train": train, "valid": valid}, progress)
         if train.n_documents == 0:
             raise DataError(f"data.source = {self.config.source!r}: it has no document with text to train on")
@@ -319,18 +367,26 @@ class TextData(DataModule):
         task = progress.add_task("training the tokenizer", counts="")
         training = (document for split, document in self._documents(progress, task) if split == "train")
         some = islice(training, self.config.bpe_documents)
-        tokenizer = train_bpe(
-            (piece for document in some for piece in _cut(document.text)), self.config.vocab_size
+        pieces = (piece for document in some for piece in _cut(document.text))
+        tokenizer = in_background(
+            lambda nobody_waits: train_bpe(
+                takewhile(lambda _: not nobody_waits.is_set(), pieces), self.config.vocab_size
+            ),
+            lambda: self.report("training the tokenizer"),
         )
         progress.update(task, completed=progress.tasks[task].total)
         return tokenizer
 
-    def _tokenise(self, tokenizer: TextTokenizer, writers: dict[str, _Writer], progress: Progress) -> None:
+    def _tokenise(self, tokenizer: TextTokenizer, writers: dict[str, Writer], progress: Progress) -> None:
         task = progress.add_task("tokenising", counts="")
-        batch: list[tuple[_Writer, str, bool]] = []  # pieces of documents, and whether they end one
+        batch: list[tuple[Writer, str, bool]] = []  # pieces of documents, and whether they end one
 
         def write() -> None:
-            encoded = tokenizer.encode_batch([text for _, text, _ in batch])
+            self.report("tokenising")
+            try:
+                encoded = tokenizer.encode_batch([text for _, text, _ in batch])
+            except DataError as error:
+                raise DataError(f"data.tokenizer_file = {self.config.tokenizer_file!r}: {error}") from error
             for (writer, _, ends_document), ids in zip(batch, encoded, strict=True):
                 writer.append(ids, ends_document)
             n_documents = sum(writer.n_documents for writer in writers.values())
@@ -384,104 +440,28 @@ class TextData(DataModule):
             yield ("valid" if u < fraction else "train"), document
 
 
-class TokenRows(Rows):
-    """Row i holds the inputs tokens[i T : (i + 1) T] and, one position later, their labels.
-
-    The token after a document's last is another document's first, and not to be predicted: positions of
-    end-of-document tokens have no label. Every token but the first of each document is a label exactly once.
-    The last row is padded; the padding is a segment of its own.
-    """
-
-    def __init__(self, path: Path, vocab_size: int, eod_id: int, seq_len: int, pack: bool) -> None:
-        self.path = path
-        self.dtype = _token_dtype(vocab_size)
-        self.eod_id = eod_id
-        self.seq_len = seq_len
-        self.pack = pack
-        self.n_tokens = self._file("tokens").stat().st_size // self.dtype().itemsize
-        """N, ends of documents included."""
-        self.ends = np.fromfile(self._file("ends"), dtype=np.int64)  # (documents,)
-
-    def _file(self, suffix: str) -> Path:
-        return self.path.with_suffix(f".{suffix}")
-
-    def read(self, start: int, count: int) -> NDArray[np.integer]:
-        """Tokens [start, start + count), fewer at the end. Not by a memory map: a lost file would kill the process."""
-        count = min(count, self.n_tokens - start)
-        file = self._file("tokens")
-        try:
-            tokens = np.fromfile(file, self.dtype, count, offset=start * self.dtype().itemsize)
-        except OSError as error:
-            raise DataError(
-                f"data.cache_dir: {file} was there and cannot be read now: {error.strerror}"
-            ) from error
-        if len(tokens) < count:
-            raise DataError(f"data.cache_dir: {file} is shorter than it was; the next run makes it anew")
-        return tokens
-
-    def __len__(self) -> int:
-        return math.ceil((self.n_tokens - 1) / self.seq_len)  # the last token, an end, predicts nothing
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        T, start = self.seq_len, i * self.seq_len
-        window = self.read(start, T + 1).astype(np.int64)  # (T + 1,), less in the last row
-        input_ids = np.full(T, self.eod_id)
-        input_ids[: len(window)] = window[:T]
-        labels = np.full(T, IGNORE)
-        labels[: len(window) - 1] = window[1:]
-        first, last = np.searchsorted(self.ends, [start, start + T], side="right")
-        ends = self.ends[first:last] - start  # of the documents that end in this row
-        labels[ends - 1] = IGNORE
-        row = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
-        if self.pack:
-            row["segment_ids"] = torch.from_numpy(np.searchsorted(ends, np.arange(T), side="right"))
-        return row
-
-
-class _Writer:
-    """Appends documents to the two files of a split: tokens, and where each document ends."""
-
-    def __init__(self, path: Path, tokenizer: TextTokenizer) -> None:
-        self.dtype = _token_dtype(tokenizer.vocab_size)
-        self.eod_id = tokenizer.eod_id
-        self.tokens: BinaryIO = path.with_suffix(".tokens").open("wb")
-        self.ends: BinaryIO = path.with_suffix(".ends").open("wb")
-        self.n_tokens = 0
-        self.n_documents = 0
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.tokens.close()
-        self.ends.close()
-
-    def append(self, ids: NDArray[np.integer], ends_document: bool) -> None:
-        self.tokens.write(ids.astype(self.dtype).tobytes())
-        self.n_tokens += len(ids)
-        if ends_document:
-            self.tokens.write(np.array([self.eod_id], dtype=self.dtype).tobytes())
-            self.n_tokens += 1
-            self.n_documents += 1
-            self.ends.write(np.array([self.n_tokens], dtype=np.int64).tobytes())
-
-
 _SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
+_LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
+_WORD_END = re.compile(r"(?<=[^\W_])(?=[^\w\s])")
 
 
 def _cut(text: str) -> list[str]:
-    """Cuts a long text before single spaces, where usual tokenizers begin a new token anyway."""
+    """Cuts a long text into pieces of at most 2 PIECE characters.
+
+    A cut is before a single space, where usual tokenizers begin a new token anyway. Where there is none it is after a
+    line or before punctuation, where they do so too; and in a text that is one endless word, anywhere.
+    """
     pieces, start = [], 0
-    while match := _SINGLE_SPACE.search(text, start + PIECE):
-        pieces.append(text[start : match.start()])
-        start = match.start()
+    while len(text) > (first := start + PIECE):
+        last = start + 2 * PIECE
+        match = _SINGLE_SPACE.search(text, first, last)
+        if match is None and len(text) <= last:
+            break
+        match = match or _LINE_END.search(text, first, last) or _WORD_END.search(text, first, last)
+        end = match.start() if match else last
+        pieces.append(text[start:end])
+        start = end
     return [*pieces, text[start:]]
-
-
-def _token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def _hash(content: bytes) -> str:

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from mixerlab.data.module import DataError
-from mixerlab.sealed import write_file
+from mixerlab.options import first_line
+from mixerlab.sealed import read_noted, write_noted
 
 # Without this, the library warns when a process that has tokenised in parallel forks, as a DataLoader does.
 # The workers do not tokenise.
@@ -26,6 +27,13 @@ EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
 CONFIG = "tokenizer_config.json"
 """Says which kind of tokenizer a folder holds. Written last: with it, the folder has all that loading needs."""
+
+
+LONGEST_WORD = 256
+"""Bytes of a word that BPE training takes as one: its work on a text is proportional to the length of its words."""
+
+MOST_TOKENS = 1 << 22
+"""Beyond all vocabularies."""
 
 
 class TextTokenizer(ABC):
@@ -79,7 +87,7 @@ class ByteTokenizer(TextTokenizer):
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
     def save(self, folder: Path) -> None:
-        write_file(folder / CONFIG, json.dumps({"type": "bytes"}) + "\n")
+        write_noted(folder / CONFIG, json.dumps({"type": "bytes"}) + "\n")
 
 
 class JsonTokenizer(TextTokenizer):
@@ -96,34 +104,67 @@ class JsonTokenizer(TextTokenizer):
         self.pieces = _pieces(tokenizer)
         self.eod_id = tokenizer.get_vocab()[eod_token]
         self.pieces[self.eod_id] = b""
+        self.encoder = _that_drops_nothing(tokenizer, eod_token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        """As of every tokenizer. Raises DataError where one without an unknown token has no token for a text."""
+        try:
+            encodings = self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(
+                f"the tokenizer has no token for a part of the text, and none for the unknown: {first_line(error)}"
+            ) from error
+        found: list[NDArray[np.integer]] = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        if self.encoder is not self.tokenizer:
+            for text, ids in zip(texts, found, strict=True):
+                if (ids == self.eod_id).any():
+                    raise DataError(
+                        f"the tokenizer has no token for {self._unknown(text)!r}, and none for the unknown; expected "
+                        "one whose tokens cover the text, such as of bytes"
+                    )
+        return found
+
+    def _unknown(self, text: str) -> str:
+        encoding = self.encoder.encode(text, add_special_tokens=False)
+        start, end = encoding.offsets[encoding.ids.index(self.eod_id)]
+        return text[start:end]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i != self.eod_id])
 
     def save(self, folder: Path) -> None:
-        write_file(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
-        write_file(folder / CONFIG, json.dumps({"type": "json", "eod_token": self.eod_token}) + "\n")
+        write_noted(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        write_noted(folder / CONFIG, json.dumps({"type": "json", "eod_token": self.eod_token}) + "\n")
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer | None:
-    """The tokenizer that `save` left in a folder, such as a run's; None if there is none."""
-    path = Path(folder) / CONFIG
-    if not path.exists():
-        return None
-    config = json.loads(path.read_text())
-    if config["type"] == "bytes":
-        return ByteTokenizer()
-    return JsonTokenizer(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), config["eod_token"])
+    """The tokenizer that `save` left in a folder, such as a run's; None if there is none.
+
+    The folder may be a stranger's. Raises DataError where there is no tokenizer that can be used.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads(read_noted(folder / CONFIG))
+        if config["type"] == "bytes":
+            return ByteTokenizer()
+        return JsonTokenizer(Tokenizer.from_str(read_noted(folder / "tokenizer.json")), config["eod_token"])
+    except FileNotFoundError as error:
+        if error.filename == str(folder / CONFIG):
+            return None
+        raise DataError(f"{error.filename}: no such file, but {CONFIG} beside it needs one") from None
+    except (
+        Exception
+    ) as error:  # what is in the files may be anything, and the library raises nothing narrower
+        reason = first_line(error)
+        where = "" if str(folder) in reason else f"the tokenizer of {folder} cannot be used: "
+        raise DataError(f"{where}{reason}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """A byte-level BPE of at most `vocab_size` tokens; the same texts give the same tokens."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -133,6 +174,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return JsonTokenizer(tokenizer, EOD_TOKENS[0])
 
 
@@ -142,12 +184,16 @@ def read_tokenizer(path: Path, eod_token: str | None) -> JsonTokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise DataError(
-            f"data.tokenizer_file = {str(path)!r} is not a tokenizer.json of the tokenizers library: {error}"
+            f"data.tokenizer_file = {str(path)!r} is not a tokenizer.json of the tokenizers library: "
+            f"{first_line(error)}"
         ) from error
     candidates = EOD_TOKENS if eod_token is None else (eod_token,)
     for token in candidates:
         if tokenizer.token_to_id(token) is not None:
-            return JsonTokenizer(tokenizer, token)
+            try:
+                return JsonTokenizer(tokenizer, token)
+            except DataError as error:
+                raise DataError(f"data.tokenizer_file = {str(path)!r}: {error}") from None
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     raise DataError(
         f"data.eod_token = {eod_token!r}: {path} has no {' or '.join(candidates)} to end documents with; "
@@ -158,6 +204,12 @@ def read_tokenizer(path: Path, eod_token: str | None) -> JsonTokenizer:
 def _pieces(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes each token stands for, by id."""
     vocab = tokenizer.get_vocab(with_added_tokens=True)
+    last = max(vocab, key=vocab.__getitem__)
+    if vocab[last] >= MOST_TOKENS:
+        raise DataError(
+            f"the token {last!r} has the id {vocab[last]}, beyond all vocabularies; of its {len(vocab)} tokens the ids "
+            f"should go from 0 to {len(vocab) - 1}"
+        )
     added = tokenizer.get_added_tokens_decoder()
     decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"])
     pieces = [b""] * (max(vocab.values()) + 1)
@@ -173,6 +225,18 @@ def _pieces(tokenizer: Tokenizer) -> list[bytes]:
         else:  # SentencePiece
             pieces[i] = token.replace("▁", " ").encode()
     return pieces
+
+
+def _that_drops_nothing(tokenizer: Tokenizer, eod_token: str) -> Tokenizer:
+    """The tokenizer, or, if it would leave out what it has no token for, a copy that says eod_token there."""
+    model = tokenizer.model
+    leaves_out = isinstance(model, models.BPE) and model.unk_token is None
+    if not leaves_out or _BYTE_OF.keys() <= tokenizer.get_vocab(with_added_tokens=False).keys():
+        return tokenizer
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    copy.model.unk_token = eod_token
+    return copy
 
 
 def _byte_of() -> dict[str, int]:

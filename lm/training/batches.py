@@ -14,13 +14,59 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mixerlab.data.module import IGNORE, DataModule, Rows
+from mixerlab.lm.parallel.interrupts import SIGNALS
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.recipe.schema import TrainerConfig
+from mixerlab.options import ConfigError
+
+ROW_ORDER = 2
+"""The order of rows that a run begins with, as its checkpoints note it. Those of versions up to 0.2 note none: 1."""
+
+ROUNDS = 14
+"""Of the Feistel network: with as many even a handful of rows has each of its orders as often."""
+
+
+def epoch_order(seed: int, epoch: int, n_rows: int, places: np.ndarray) -> np.ndarray:
+    """The rows at some places of an epoch: those of a permutation of range(n_rows), computed for each place alone.
+
+    A Feistel network on pairs (left, right) of numbers below (a, b), of which there are a few more than rows. A place
+    that comes out beyond the rows goes through it again (cycle walking: Black and Rogaway, "Ciphers with arbitrary
+    finite domains", CT-RSA 2002).
+
+    Args:
+        places: (n,) int64, each in range(n_rows).
+
+    Returns:
+        (n,) int64.
+    """
+    b = math.isqrt(n_rows - 1) + 1
+    a = -(-n_rows // b)
+    rows, beyond = places.astype(np.uint64), np.ones(len(places), dtype=bool)
+    while beyond.any():
+        left, right = np.divmod(rows[beyond], b)
+        for of_left, of_right in _keys(seed, epoch):
+            left = (left + _mixed(right + of_left) % a) % a
+            right = (right + _mixed(left + of_right) % b) % b
+        rows[beyond] = left * b + right
+        beyond = rows >= n_rows
+    return rows.astype(np.int64)
 
 
 @lru_cache(maxsize=2)  # a step may straddle two epochs
-def epoch_order(seed: int, epoch: int, n_rows: int) -> np.ndarray:
-    """The order of the rows in an epoch: a permutation of range(n_rows), int64."""
+def _keys(seed: int, epoch: int) -> np.ndarray:
+    return np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64).reshape(-1, 2)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Scatters numbers over all of uint64: the finaliser of SplitMix64."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@lru_cache(maxsize=2)
+def _first_order(seed: int, epoch: int, n_rows: int) -> np.ndarray:
+    """Row order 1, which takes memory and time for all rows; for runs that began with it."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(n_rows)
 
 
@@ -40,26 +86,39 @@ class Steps(Sampler[list[int]]):
         start: int = 0,
         rank: int = 0,
         ranks: int = 1,
+        order: int = ROW_ORDER,
     ):
         self.seed, self.n_rows, self.start = seed, n_rows, start
         self.batch_size, self.accumulate = batch_size, accumulate
         self.rank, self.ranks = rank, ranks
+        self.order = order
+        if order not in (1, ROW_ORDER):
+            raise ConfigError(
+                f"the rows of this run are in an order ({order}) that this version of mixerlab does not know; expected "
+                "the version that began it, or a newer one"
+            )
 
     def rows(self, step: int) -> list[int]:
         """Of 0-based `step`, the micro-batches one after another."""
-        pieces = range(step * self.accumulate, (step + 1) * self.accumulate)
-        places = (
-            (piece * self.ranks + self.rank) * self.batch_size + i
-            for piece in pieces
-            for i in range(self.batch_size)
-        )
-        return [
-            int(epoch_order(self.seed, place // self.n_rows, self.n_rows)[place % self.n_rows])
-            for place in places
-        ]
+        return self._rows(step, 1)[0]
+
+    def _rows(self, step: int, steps: int) -> list[list[int]]:
+        pieces = np.arange(step * self.accumulate, (step + steps) * self.accumulate)[:, None]
+        places = (pieces * self.ranks + self.rank) * self.batch_size + np.arange(self.batch_size)
+        epochs, places = np.divmod(places.ravel(), self.n_rows)
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            mine = epochs == epoch
+            if self.order == 1:
+                rows[mine] = _first_order(self.seed, epoch, self.n_rows)[places[mine]]
+            else:
+                rows[mine] = epoch_order(self.seed, epoch, self.n_rows, places[mine])
+        return rows.reshape(steps, -1).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(self.rows, count(self.start))
+        together = max(1, 256 // (self.batch_size * self.accumulate))  # computed in hardly more time than one
+        for step in count(self.start, together):
+            yield from self._rows(step, together)
 
 
 def collate_micro_batches(rows: list[dict[str, Tensor]], batch_size: int) -> list[dict[str, Tensor]]:
@@ -108,7 +167,7 @@ class PaddedRows(Dataset[dict[str, Tensor]]):
 
 def _ignore_signals(worker: int) -> None:
     """Signals to the whole process group are for the training process: it needs this one to finish its step."""
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -121,17 +180,21 @@ class Loaders(L.LightningDataModule):
         seed: of the order of rows.
         step: optimiser steps done already; training goes on with the rows after them.
         world: this rank among all.
+        order: the run's order of rows.
     """
 
-    def __init__(self, source: DataModule, trainer: TrainerConfig, seed: int, step: int, world: World):
+    def __init__(
+        self,
+        source: DataModule,
+        trainer: TrainerConfig,
+        seed: int,
+        step: int,
+        world: World,
+        order: int = ROW_ORDER,
+    ):
         super().__init__()
-        self.source, self.trainer_config, self.seed, self.step, self.world = (
-            source,
-            trainer,
-            seed,
-            step,
-            world,
-        )
+        self.source, self.trainer_config, self.world = source, trainer, world
+        self.seed, self.step, self.order = seed, step, order
 
     def _loader(self, rows: Dataset, sampler: Sampler[list[int]], collate: Any = None) -> DataLoader:
         # Iterators draw a seed from the global generator unless they have their own; a resumed run, which has
@@ -156,6 +219,7 @@ class Loaders(L.LightningDataModule):
             self.step,
             self.world.rank,
             self.world.size,
+            self.order,
         )
         return self._loader(rows, steps, partial(collate_micro_batches, batch_size=config.batch_size))
 

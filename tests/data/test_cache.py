@@ -1,12 +1,16 @@
+import errno
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 
 import pytest
+from filelock import FileLock
 
-from mixerlab.data import DataError
+from mixerlab.data import DataError, cache
 from mixerlab.data.cache import ensure_folder
 from mixerlab.sealed import damage
 
@@ -107,7 +111,7 @@ def test_an_interrupted_write_is_never_seen_and_its_remains_are_removed(tmp_path
     left.mkdir()
     (left / "stray").write_bytes(b"half")
     ensure_folder(folder, fill)
-    assert sorted(path.name for path in folder.iterdir()) == ["ends", "meta.json", "tokens"]
+    assert sorted(path.name for path in folder.iterdir()) == ["ends", "meta.json", "tokens", "verified.json"]
     assert not left.exists()
 
 
@@ -141,3 +145,176 @@ def test_of_processes_that_start_together_one_fills_and_all_see_it_whole(tmp_pat
     assert is_whole(folder)
     assert len((tmp_path / "filled").read_text().split()) == 1
     shutil.rmtree(folder)
+
+
+# Looking again
+
+
+@pytest.fixture
+def checked(monkeypatch) -> list[str]:
+    """The folders of which all checksums were compared."""
+    found: list[str] = []
+
+    def counted(folder, checksums=True):
+        if checksums:
+            found.append(folder.name)
+        return damage(folder, checksums)
+
+    monkeypatch.setattr(cache, "damage", counted)
+    return found
+
+
+def test_a_cache_that_looks_as_before_is_not_read(tmp_path, checked):
+    for _ in range(3):
+        ensure_folder(tmp_path / "key", fill)
+    assert checked == []
+    ensure_folder(tmp_path / "key", refuse, verify=True)
+    assert checked == ["key"]
+
+
+def flip_and_hide(path):
+    """A bit that the disk turned: nothing else changes."""
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_turned_bit_is_found_when_it_is_asked_for(folder, monkeypatch):
+    looks = cache._looks(folder)
+    flip_and_hide(folder / "tokens")
+    monkeypatch.setattr(cache, "_looks", lambda folder: looks)  # a disk does not change the times
+    ensure_folder(folder, refuse)
+    ensure_folder(folder, fill, verify=True)
+    assert is_whole(folder)
+
+
+@pytest.mark.parametrize("harm", [os.remove, truncate, flip, empty])
+def test_a_cache_without_a_sign_that_it_was_verified_is_read_once(folder, checked, harm):
+    harm(folder / "verified.json")
+    for _ in range(2):
+        ensure_folder(folder, refuse)
+    assert checked == ["key"]
+
+
+def test_a_cache_of_an_older_version_is_verified_once(folder, checked):
+    (folder / "verified.json").unlink()
+    flip_and_hide(folder / "tokens")
+    ensure_folder(folder, fill)
+    assert is_whole(folder)
+
+
+def test_a_file_that_was_touched_is_verified_once(folder, checked):
+    (folder / "tokens").touch()
+    for _ in range(2):
+        ensure_folder(folder, refuse)
+    assert checked == ["key"]
+
+
+def test_a_read_only_cache_is_used(folder, monkeypatch):
+    (folder / "tokens").touch()
+    monkeypatch.setattr(
+        cache, "write_file", lambda *a: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    ensure_folder(folder, refuse)
+
+
+# Full disks
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stage", ["fill", "seal", "publish", "mkdir", "lock"])
+def test_a_disk_that_fills_leaves_nothing_half_and_what_was_there(folder, monkeypatch, stage):
+    def fill_half(temporary):
+        (temporary / "tokens").write_bytes(b"half")
+        if stage == "fill":
+            full_disk()
+
+    if stage in ("seal", "publish"):
+        monkeypatch.setattr(cache, stage, full_disk)
+    if stage == "mkdir":
+        monkeypatch.setattr("pathlib.Path.mkdir", lambda self, **k: k or full_disk())
+    if stage == "lock":
+        monkeypatch.setattr(cache.FileLock, "acquire", full_disk)
+    with pytest.raises(DataError) as error:
+        ensure_folder(folder.with_name("other"), fill_half)
+    assert "\n" not in str(error.value)
+    assert f"data.cache_dir: the disk of {folder.parent} is full (No space left on device)" in str(
+        error.value
+    )
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["key"]
+    assert damage(folder) is None
+    monkeypatch.undo()
+    ensure_folder(folder.with_name("other"), fill)
+    assert is_whole(folder.with_name("other"))
+
+
+def test_another_failure_to_write_is_named(tmp_path):
+    def broken(temporary):
+        raise OSError(errno.EIO, "Input/output error", str(temporary / "tokens"))
+
+    with pytest.raises(
+        DataError, match=r"data\.cache_dir: .*key cannot be written: .*Input/output error: .*tokens"
+    ):
+        ensure_folder(tmp_path / "key", broken)
+
+
+# Signals and waiting
+
+
+class Asked(BaseException):
+    """What a handler raises."""
+
+
+@pytest.mark.parametrize("stage", ["fill", "seal", "lock"])
+def test_a_signal_leaves_nothing_half(tmp_path, monkeypatch, stage):
+    def handler(signum, frame):
+        raise Asked
+
+    def wait(*args, **kwargs):
+        time.sleep(60)
+
+    def fill_slowly(temporary):
+        fill(temporary)
+        if stage == "fill":
+            wait()
+
+    if stage == "seal":
+        ended = threading.Event()
+        monkeypatch.setattr(
+            cache, "seal", lambda *args: ended.wait(60)
+        )  # as a library that looks at no signal
+    holder = FileLock(str(tmp_path / "key.lock"))
+    if stage == "lock":
+        holder.acquire()
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        start = time.monotonic()
+        with pytest.raises(Asked):
+            ensure_folder(tmp_path / "key", fill_slowly)
+        assert time.monotonic() - start < 30
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        holder.release()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    monkeypatch.undo()
+    ensure_folder(tmp_path / "key", fill)
+    assert is_whole(tmp_path / "key")
+
+
+def test_who_waits_for_another_process_says_so(tmp_path):
+    said: list[str] = []
+    holder = FileLock(str(tmp_path / "key.lock"))
+    holder.acquire()
+
+    def report(doing):
+        said.append(doing)
+        if len(said) == 2:
+            holder.release()
+
+    ensure_folder(tmp_path / "key", fill, report)
+    assert said[:2] == ["waiting for another process, which fills the cache"] * 2
+    assert is_whole(tmp_path / "key")

@@ -329,6 +329,27 @@ def test_rows_that_only_prepare_makes_are_told():
         contract.check_setup_alone(Forgetful)
 
 
+def test_what_is_prepared_only_for_those_that_are_not_told_the_fingerprint_is_told():
+    class Told(Toy):
+        fingerprint = "abc"
+
+        def setup(self):
+            self.seed += len(self.prepared)
+
+    with pytest.raises(AssertionError, match=r"after `setup` alone: train_dataset\(\)\[0\] differs"):
+        contract.check_setup_alone(Told)
+
+
+@pytest.mark.parametrize("report", [3, "", "two\nlines"])
+def test_a_report_that_is_no_line_is_told(report):
+    class Reporting(Toy):
+        def prepare(self):
+            self.report(report)
+
+    with pytest.raises(AssertionError, match="it reports"):
+        contract.check_report(Reporting)
+
+
 @pytest.mark.parametrize("fingerprints", [[3, 3], ["a", "b"]])
 def test_a_fingerprint_that_is_not_one_is_told(fingerprints):
     remaining = iter(fingerprints)
@@ -337,6 +358,7 @@ def test_a_fingerprint_that_is_not_one_is_told(fingerprints):
         def prepare(self):
             self.fingerprint = next(remaining)
 
+        setup = prepare
         fingerprint = ""
 
     with pytest.raises(AssertionError, match="it is 3" if 3 in fingerprints else "'a' != 'b'"):

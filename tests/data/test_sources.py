@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -8,7 +9,13 @@ import pyarrow.parquet
 import pytest
 
 from mixerlab.data import DataError
+from mixerlab.data.digests import Digests
 from mixerlab.data.sources import Document, FilesSource, HubSource, StdlibSource
+
+
+@pytest.fixture
+def digests(tmp_path) -> Digests:
+    return Digests(tmp_path / "memory" / "digests.json")
 
 
 def texts(source) -> list[str]:
@@ -28,7 +35,7 @@ def files(tmp_path):
     rows = [{"text": "four", "id": 4}, {"text": "fi\nve"}, {"text": None}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     write_parquet(tmp_path / "e.parquet", id=[6, 7, 8], text=["six", None, "seven"])
-    return sorted(tmp_path.iterdir())
+    return sorted(map(str, tmp_path.iterdir()))
 
 
 def test_files_of_all_kinds_are_read_in_order(files):
@@ -51,18 +58,18 @@ def test_weights_of_documents_add_up_to_the_total(files):
     assert 0.9 * stdlib.total < sum(document.weight for document in stdlib.documents()) <= stdlib.total
 
 
-def test_a_fingerprint_follows_the_contents_the_order_and_the_column(files):
-    fingerprint = FilesSource(files, "text").fingerprint()
-    assert FilesSource(files, "text").fingerprint() == fingerprint
-    assert FilesSource(files[::-1], "text").fingerprint() != fingerprint
-    assert FilesSource(files, "id").fingerprint() != fingerprint
-    files[0].write_text("One €", encoding="utf-8")
-    assert FilesSource(files, "text").fingerprint() != fingerprint
+def test_a_fingerprint_follows_the_contents_the_order_and_the_column(files, digests):
+    fingerprint = FilesSource(files, "text").fingerprint(digests)
+    assert FilesSource(files, "text").fingerprint(digests) == fingerprint
+    assert FilesSource(files[::-1], "text").fingerprint(digests) != fingerprint
+    assert FilesSource(files, "id").fingerprint(digests) != fingerprint
+    Path(files[0]).write_text("One €", encoding="utf-8")
+    assert FilesSource(files, "text").fingerprint(digests) != fingerprint
 
 
 def problem(path, column="text") -> str:
     with pytest.raises(DataError) as error:
-        list(FilesSource([path], column).documents())
+        list(FilesSource([str(path)], column).documents())
     assert str(path) in str(error.value)
     return str(error.value)
 
@@ -81,6 +88,8 @@ def test_text_that_is_not_utf8_is_an_error_with_the_offset(tmp_path):
         (b'{"body": "a", "id": 1}', "data.column = 'text': .*line 3 has no such key; it has body, id"),
         (b'{"text": 5}', "data.column = 'text': .*line 3 holds 5, not text"),
         (b'{"text": "\xff"}', "line 3 is not JSON"),
+        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 3 nests too many objects"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "line 3 is not JSON"),
         (b'{"text": "\\ud800"}', r"line 3 holds '\\ud800', not text"),
     ],
 )
@@ -88,7 +97,7 @@ def test_a_bad_line_of_json_is_named(tmp_path, line, expected):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(DataError, match=expected):
-        list(FilesSource([path], "text").documents())
+        list(FilesSource([str(path)], "text").documents())
 
 
 def test_a_corrupt_parquet_file_is_named(tmp_path):
@@ -111,16 +120,36 @@ def test_a_column_that_a_parquet_file_lacks_is_answered_with_those_it_has(tmp_pa
     assert "holds 1, not text" in problem(path, "id")
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_bytes_in_a_parquet_file_that_are_no_text_are_named(tmp_path):
+    binary = pyarrow.array([b"fine", b"\xff\xfe", b"fine"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, binary.buffers())  # not looked at by anybody
+    path = write_parquet(tmp_path / "a.parquet", text=text, binary=binary)
+    assert "a.parquet, rows 1 to 3: the column holds what is not UTF-8 text" in problem(path)
+    assert "rows 1 to 3 holds b'fine', not text" in problem(path, "binary")
+
+
+def test_a_value_that_is_no_text_is_shortened(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": list(range(10**5))}))
+    assert len(problem(path)) < 300
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_a_file_that_vanishes_before_it_is_read_is_named(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    assert "data.files" in problem(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, digests):
     path = tmp_path / "a.txt"
     path.write_text("a")
-    source = FilesSource([path], None)
+    source = FilesSource([str(path)], None)
     path.unlink()
     with pytest.raises(DataError, match=r"a.txt cannot be read: No such file"):
-        source.fingerprint()
+        source.fingerprint(digests)
 
 
-def test_the_standard_library_is_read_without_its_tests_and_installed_packages():
+def test_the_standard_library_is_read_without_its_tests_and_installed_packages(digests):
     source = StdlibSource()
     assert {"argparse.py", "json/decoder.py"} <= set(source.names)
     assert source.names == sorted(source.names)
@@ -128,7 +157,7 @@ def test_the_standard_library_is_read_without_its_tests_and_installed_packages()
     assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     documents = {document.key: document.text for document in source.documents()}
     assert "class ArgumentParser" in documents["argparse.py"]
-    assert source.fingerprint() == StdlibSource().fingerprint()
+    assert source.fingerprint(digests) == StdlibSource().fingerprint(digests)
 
 
 def test_files_of_the_standard_library_that_are_not_utf8_are_left_out(tmp_path, monkeypatch):
@@ -149,24 +178,24 @@ def loaded(monkeypatch):
 
 
 @pytest.mark.usefixtures("loaded")
-def test_a_column_of_a_hub_dataset_is_read():
+def test_a_column_of_a_hub_dataset_is_read(digests):
     assert texts(hub()) == ["zero", "", "two"]
     assert hub().total == 3
     assert texts(hub(limit=1)) == ["zero"]
-    assert hub().fingerprint() == hub().fingerprint() != hub(limit=1).fingerprint()
+    assert hub().fingerprint(digests) == hub().fingerprint(digests) != hub(limit=1).fingerprint(digests)
 
 
 @pytest.mark.usefixtures("loaded")
-def test_a_column_that_a_hub_dataset_lacks_is_answered_with_those_it_has():
+def test_a_column_that_a_hub_dataset_lacks_is_answered_with_those_it_has(digests):
     with pytest.raises(
         DataError, match=r"data.column = 'body': .*owner/name has no such column; it has id, text"
     ):
-        hub(column="body").fingerprint()
+        hub(column="body").fingerprint(digests)
     with pytest.raises(DataError, match=r"data.column = 'id': owner/name holds 0, not text"):
         texts(hub(column="id"))
 
 
-def test_a_hub_dataset_that_cannot_be_loaded_is_an_error_that_says_what_to_do(monkeypatch):
+def test_a_hub_dataset_that_cannot_be_loaded_is_an_error_that_says_what_to_do(monkeypatch, digests):
     def load_dataset(*arguments, **options):
         raise ConnectionError("no route to host")
 
@@ -174,16 +203,16 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_an_error_that_says_what_to_do(mo
     with pytest.raises(
         DataError, match=r"(?s)data.dataset = 'owner/name'.*no route to host.*data.source=files"
     ):
-        hub().fingerprint()
+        hub().fingerprint(digests)
 
 
 def test_a_local_folder_is_a_hub_dataset_whose_fingerprint_follows_its_content(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     code = (
-        "import sys; from mixerlab.data.sources import HubSource\n"
+        "import sys; from mixerlab.data.digests import Digests; from mixerlab.data.sources import HubSource\n"
         "s = HubSource(sys.argv[1], None, 'train', 'text', 1, None)\n"
-        "print(s.fingerprint(), *(d.text for d in s.documents()))"
+        "print(s.fingerprint(Digests(None)), *(d.text for d in s.documents()))"
     )
 
     def read() -> tuple[str, list[str]]:  # in a process of its own, as a second run is

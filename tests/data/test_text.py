@@ -1,7 +1,9 @@
-import itertools
 import json
-import pickle
+import os
+import random
+import re
 import shutil
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
+from tokenizers import Tokenizer, models
+from torch.utils.data import Dataset
 
-from mixerlab.data import DataError, build_data, load_tokenizer
-from mixerlab.data.text import TextConfig, TextData, TokenRows, expand
+from mixerlab.data import DataError, build_data, cache, load_tokenizer
+from mixerlab.data.rows import TokenRows, Writer
+from mixerlab.data.text import TextConfig, TextData, _cut, expand
 from mixerlab.data.tokenizers import train_bpe
 
 IGNORE = -100
-EOD = 9
 
 
 def config(tmp_path, **options: Any) -> TextConfig:
@@ -44,110 +47,9 @@ def corpus(tmp_path) -> Path:
 def documents(rows: Dataset) -> list[str]:
     """What the cache holds, document by document."""
     assert isinstance(rows, TokenRows)
-    starts = [0, *rows.ends[:-1]]
-    tokens = [rows.read(a, b - 1 - a) for a, b in zip(starts, rows.ends, strict=True)]
+    ends = rows.ends.read(0, len(rows.ends))
+    tokens = [rows.tokens.read(a, b - 1 - a) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     return [bytes(t.astype(np.uint8)).decode() for t in tokens]
-
-
-# Rows
-
-
-@st.composite
-def token_documents(draw) -> list[list[int]]:
-    # The end-of-document token may also stand inside a document: boundaries are not found by looking for it.
-    return draw(st.lists(st.lists(st.integers(0, EOD), min_size=1, max_size=9), min_size=1, max_size=9))
-
-
-def write_rows(folder: Path, documents: list[list[int]], seq_len: int, pack: bool = True) -> TokenRows:
-    stream = [[*document, EOD] for document in documents]
-    np.concatenate(stream).astype(np.uint16).tofile(folder / "train.tokens")
-    np.cumsum([len(document) for document in stream]).astype(np.int64).tofile(folder / "train.ends")
-    return TokenRows(folder / "train", 10, EOD, seq_len, pack)
-
-
-@settings(deadline=None)
-@given(documents=token_documents(), seq_len=st.integers(1, 12))
-def test_rows_predict_every_token_of_a_document_but_the_first_exactly_once(
-    tmp_path_factory, documents, seq_len
-):
-    rows = write_rows(tmp_path_factory.mktemp("rows"), documents, seq_len)
-    pairs: list[tuple[int, int]] = []  # (what is seen, what is to be predicted), in order
-    for i in range(len(rows)):
-        labelled = rows[i]["labels"] != IGNORE
-        pairs += zip(
-            rows[i]["input_ids"][labelled].tolist(), rows[i]["labels"][labelled].tolist(), strict=True
-        )
-    assert pairs == [pair for document in documents for pair in itertools.pairwise([*document, EOD])]
-
-
-@settings(deadline=None)
-@given(documents=token_documents(), seq_len=st.integers(1, 12))
-def test_segments_are_the_documents_of_a_row(tmp_path_factory, documents, seq_len):
-    rows = write_rows(tmp_path_factory.mktemp("rows"), documents, seq_len)
-    of_position = [n for n, document in enumerate(documents) for _ in [*document, EOD]]
-    padded = of_position + [len(documents)] * (len(rows) * seq_len)
-    for i in range(len(rows)):
-        row, expected = rows[i], np.array(padded[i * seq_len : (i + 1) * seq_len])
-        assert row["segment_ids"].tolist() == (expected - expected[0]).tolist()
-        assert (row["labels"][expected == len(documents)] == IGNORE).all()
-        for tensor in row.values():
-            assert tensor.dtype == torch.int64
-            assert tensor.shape == (seq_len,)
-
-
-def test_rows_cut_plainly_differ_only_in_having_no_segments(tmp_path):
-    packed = write_rows(tmp_path, [[1, 2], [3, 4, 5]], 4)
-    plain = write_rows(tmp_path, [[1, 2], [3, 4, 5]], 4, pack=False)
-    for i in range(len(packed)):
-        row = packed[i]
-        del row["segment_ids"]
-        assert row.keys() == plain[i].keys()
-        assert all(torch.equal(row[name], plain[i][name]) for name in row)
-
-
-def test_two_documents_in_rows_of_four(tmp_path):
-    rows = write_rows(tmp_path, [[1, 2], [3, 4, 5]], 4)
-    assert len(rows) == 2
-    first = {name: tensor.tolist() for name, tensor in rows[0].items()}
-    assert first == {"input_ids": [1, 2, 9, 3], "labels": [2, 9, -100, 4], "segment_ids": [0, 0, 0, 1]}
-    second = {name: tensor.tolist() for name, tensor in rows[1].items()}
-    assert second == {"input_ids": [4, 5, 9, 9], "labels": [5, 9, -100, -100], "segment_ids": [0, 0, 0, 1]}
-
-
-def test_rows_end_where_the_dataset_says(tmp_path):
-    rows = write_rows(tmp_path, [[1, 2], [3, 4, 5]], 4)
-    for i in (-1, 2):
-        with pytest.raises(IndexError, match=f"row {i} of 2"):
-            rows[i]
-
-
-def test_a_pickled_dataset_is_small_and_reads_the_same(corpus, tmp_path):
-    rows = prepared(config(tmp_path, files=[f"{corpus}/*.txt"])).train_dataset()
-    pickled = pickle.dumps(rows)
-    assert len(pickled) < 1000
-    assert torch.equal(pickle.loads(pickled)[2]["labels"], rows[2]["labels"])
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_worker_processes_read_what_the_main_process_does(corpus, tmp_path, context):
-    rows = prepared(
-        config(tmp_path, files=[f"{corpus}/*.txt"], tokenizer="bpe", vocab_size=300)
-    ).train_dataset()
-    batches = DataLoader(rows, batch_size=4, num_workers=1, multiprocessing_context=context)
-    labels = torch.cat([batch["labels"] for batch in batches])
-    assert torch.equal(labels, torch.stack([rows[i]["labels"] for i in range(len(rows))]))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("loss", ["gone", "shorter"])
-def test_tokens_that_are_lost_while_in_use_are_named(corpus, tmp_path, workers, loss):
-    # A memory map of a file that got shorter would kill the process instead.
-    rows = prepared(config(tmp_path, files=[f"{corpus}/*.txt"])).train_dataset()
-    assert rows.read(0, 1).dtype == np.uint16
-    file = rows.path.with_suffix(".tokens")
-    file.unlink() if loss == "gone" else file.write_bytes(file.read_bytes()[:9])
-    with pytest.raises(DataError, match=r"data\.cache_dir: .*train\.tokens (was there|is shorter)"):
-        list(DataLoader(rows, batch_size=4, num_workers=workers))
 
 
 # Splits
@@ -252,7 +154,7 @@ def test_a_long_document_is_tokenised_whole(tmp_path, monkeypatch):
     assert data.tokenizer is not None
     rows = data.train_dataset()
     assert len(rows.ends) == 1
-    assert rows.read(0, rows.n_tokens - 1).tolist() == data.tokenizer.encode(text)
+    assert rows.tokens.read(0, rows.n_tokens - 1).tolist() == data.tokenizer.encode(text)
 
 
 # Tokenizers
@@ -295,7 +197,8 @@ def test_labels_stand_for_the_bytes_of_the_text(corpus, tmp_path, tokenizer):
     for rows in (data.train_dataset(), data.val_datasets()["valid"]):
         assert isinstance(rows, TokenRows)
         labels = torch.cat([rows[i]["labels"] for i in range(len(rows))])
-        firsts = rows.read(0, rows.n_tokens)[[0, *rows.ends[:-1]]].astype(np.int64)
+        ends = rows.ends.read(0, len(rows.ends))
+        firsts = rows.tokens.read(0, rows.n_tokens)[[0, *ends[:-1]]].astype(np.int64)
         total += int(data.token_bytes[labels[labels != IGNORE]].sum() + data.token_bytes[firsts].sum())
     assert total == sum(len(path.read_bytes()) for path in corpus.iterdir())
 
@@ -479,7 +382,7 @@ def test_problems_name_the_option_and_what_would_be_right(corpus, tmp_path):
 
 def test_globs_are_sorted_and_name_each_file_once(corpus):
     patterns = [str(corpus / "07.txt"), str(corpus / "**" / "0*.txt"), str(corpus / "00.txt")]
-    assert [path.stem for path in expand(patterns)] == ["07", *(f"{i:02}" for i in range(10) if i != 7)]
+    assert [Path(name).stem for name in expand(patterns)] == ["07", *(f"{i:02}" for i in range(10) if i != 7)]
 
 
 def data_error(config: TextConfig) -> str:
@@ -494,7 +397,7 @@ def test_bad_documents_are_errors_that_leave_no_cache(tmp_path, tokenizer):
     path.write_text('{"text": "fine"}\nnonsense\n')
     settings = config(tmp_path, files=[str(path)], column="text", tokenizer=tokenizer)
     assert f"data.files: {path}, line 2 is not JSON" in data_error(settings)
-    assert [p for p in (tmp_path / "cache" / "text").iterdir() if p.suffix != ".lock"] == []
+    assert [p for p in (tmp_path / "cache" / "text").iterdir() if p.is_dir()] == []
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
@@ -551,3 +454,192 @@ def test_a_cache_of_another_tokenizer_under_this_ones_name_is_named_and_rebuilt(
     shutil.copytree(other.parent, mine.parent)
     assert documents(prepared(settings).train_dataset()) == expected
     assert f"it was made as {other.parent.name}, of something else" in caplog.text
+
+
+# Starting again
+
+
+def test_a_second_run_does_not_read_the_documents(corpus, tmp_path, monkeypatch):
+    for path in corpus.iterdir():
+        os.utime(path, ns=(10**18, 10**18))
+    settings = config(tmp_path, files=[f"{corpus}/*.txt"])
+    first = prepared(settings)
+    monkeypatch.setattr("mixerlab.data.digests.Digests._read_files", lambda *a: pytest.fail("read again"))
+    assert prepared(settings).fingerprint == first.fingerprint
+
+
+def test_other_processes_that_know_the_fingerprint_do_not_look_for_the_documents(corpus, tmp_path, fills):
+    settings = config(tmp_path, files=[f"{corpus}/*.txt"])
+    first = prepared(settings)
+    shutil.rmtree(corpus)
+    for calls in (("setup",), ("prepare", "setup")):
+        other = TextData(settings, seed=0)
+        other.prepared = first.fingerprint
+        for call in calls:
+            getattr(other, call)()
+        assert other.fingerprint == first.fingerprint
+        assert torch.equal(other.train_dataset()[3]["labels"], first.train_dataset()[3]["labels"])
+
+
+def test_a_machine_without_the_cache_makes_it_of_its_own_documents(corpus, tmp_path, fills):
+    first = prepared(config(tmp_path, files=[f"{corpus}/*.txt"]))
+    other = TextData(config(tmp_path / "other", files=[f"{corpus}/*.txt"]), seed=0)
+    other.prepared = first.fingerprint
+    other.prepare()
+    assert other.fingerprint == first.fingerprint
+    assert len(fills) == 2
+
+
+def test_the_whole_cache_is_verified_when_it_is_asked_for(corpus, tmp_path, fills, monkeypatch):
+    settings = config(tmp_path, files=[f"{corpus}/*.txt"])
+    rows = prepared(settings).train_dataset()
+    expected = documents(rows)
+    looks = cache._looks(rows.tokens.path.parent)
+    content = bytearray(rows.tokens.path.read_bytes())
+    content[9] ^= 1
+    rows.tokens.path.write_bytes(content)
+    monkeypatch.setattr(
+        cache, "_looks", lambda folder: looks
+    )  # a disk that turns a bit does not change the times
+    prepared(settings)
+    assert len(fills) == 1
+    settings.verify_cache = True
+    assert documents(prepared(settings).train_dataset()) == expected
+    assert len(fills) == 2
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_it_says_what_it_does(corpus, tmp_path, tokenizer):
+    said: list[str] = []
+    data = TextData(config(tmp_path, files=[f"{corpus}/*"], tokenizer=tokenizer, vocab_size=280), seed=0)
+    data.report = said.append
+    data.prepare()
+    assert said[0] == "looking for the documents"
+    assert said[-1] == "tokenising"
+
+
+def test_a_signal_while_the_tokenizer_is_trained_is_heard_at_once(corpus, tmp_path, monkeypatch):
+    class Asked(BaseException):
+        pass
+
+    def handler(signum, frame):
+        raise Asked
+
+    ended = threading.Event()
+    monkeypatch.setattr("mixerlab.data.text.train_bpe", lambda *a: ended.wait(60))  # it looks at no signals
+    data = TextData(config(tmp_path, files=[f"{corpus}/*"], tokenizer="bpe", vocab_size=280), seed=0)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(Asked):
+            data.prepare()
+    finally:
+        ended.set()
+        signal.signal(signal.SIGALRM, before)
+    assert [p for p in (tmp_path / "cache" / "text").iterdir() if p.is_dir()] == []
+
+
+# Text without spaces
+
+
+WORDS = st.text(st.sampled_from("abcé日本0"), min_size=1, max_size=9)
+GAPS = st.sampled_from(
+    [" ", "\n", ". ", "。", "-", ", ", "'s ", "_", " - ", "\n\n", " \n", "\r\n", "...", "  x  "]
+)
+ORDINARY = train_bpe(
+    ["abc def 日本 日本。cab\n\nbac, a-b x's  y \r\n" * 20, "aab  bba 0_0 é'é... \n" * 20], 340
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.tuples(WORDS, GAPS), min_size=20, max_size=60), one=st.booleans())
+def test_cutting_does_not_change_the_tokens_of_ordinary_text(monkeypatch, parts, one):
+    monkeypatch.setattr("mixerlab.data.text.PIECE", 20)
+    text = "".join(word + (parts[0][1] if one else gap) for word, gap in parts)
+    pieces = _cut(text)
+    assert len(pieces) > 1 or len(text) <= 40
+    assert "".join(pieces) == text
+    if not any(len(piece) == 40 for piece in pieces):  # lines of nothing but spaces have no better place
+        assert [i for piece in pieces for i in ORDINARY.encode(piece)] == ORDINARY.encode(text)
+
+
+@pytest.mark.parametrize("gap", [" ", "\n", "。", "-", "'s "])
+def test_a_cut_between_words_is_between_tokens(monkeypatch, gap):
+    monkeypatch.setattr("mixerlab.data.text.PIECE", 20)
+    text = gap.join(["abc", "cabba", "日本", "aab", "é", "00"] * 20)
+    pieces = _cut(text)
+    assert len(pieces) > 10
+    assert all(len(piece) < 40 for piece in pieces)
+    assert [i for piece in pieces for i in ORDINARY.encode(piece)] == ORDINARY.encode(text)
+
+
+def test_single_spaces_are_cut_at_where_they_always_were(monkeypatch):
+    monkeypatch.setattr("mixerlab.data.text.PIECE", 20)
+    text = "line one\nis-short and has  spaces, as text has. " * 9
+    single = re.compile(r"(?<=\S) (?=\S)")
+    expected, start = [], 0
+    while match := single.search(text, start + 20):
+        expected.append(text[start : match.start()])
+        start = match.start()
+    assert _cut(text) == [*expected, text[start:]]
+
+
+def test_a_text_that_is_one_word_is_cut_alike_everywhere(monkeypatch):
+    assert [len(piece) for piece in _cut("x" * 300_000)] == [131072, 131072, 37856]
+
+
+def test_one_endless_word_is_tokenised(tmp_path):
+    word = "".join(random.Random(0).choices("ACGT", k=200_000))
+    (tmp_path / "a.txt").write_text(word)
+    data = prepared(config(tmp_path, files=[str(tmp_path / "a.txt")], tokenizer="bpe", vocab_size=300))
+    assert data.vocab_size == 300
+    assert data.tokenizer is not None
+    rows = data.train_dataset()
+    assert data.tokenizer.decode(rows.tokens.read(0, rows.n_tokens)) == word[:140_000]
+
+
+# Tokenizers and names that cannot be used
+
+
+def test_text_that_a_tokenizer_would_leave_out_is_refused(corpus, tmp_path):
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate("\n Documentsayh.0123456789")}, []))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path = str(tmp_path / "tokenizer.json")
+    options = {"files": [f"{corpus}/*"], "tokenizer": "file", "tokenizer_file": path}
+    message = data_error(config(tmp_path, **options))
+    assert message.startswith(f"data.tokenizer_file = '{path}': the tokenizer has no token for ")
+    assert "\n" not in message
+    assert [p for p in (tmp_path / "cache" / "text").iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize("path", ["a\0b.txt", "x" * 5000, "~no_such_user_of_this_machine/a.txt"])
+def test_a_name_that_nothing_can_have_is_a_problem(path, corpus):
+    good = {"source": "files", "files": [f"{corpus}/*.txt"]}
+    for name, value in (("files", [path]), ("valid_files", [path]), ("cache_dir", path)):
+        found = problems(**good | {name: value})
+        assert "names nothing" in found[name]
+        assert "\n" not in found[name]
+        assert len(found) == 1
+    assert "names nothing" in problems(tokenizer="file", tokenizer_file=path)["tokenizer_file"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_disk_that_fills_while_text_is_written_leaves_no_cache(tmp_path, monkeypatch, name):
+    (tmp_path / "a.txt").write_text("some text\n" * 10_000)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"t": "text {i}"}}\n' for i in range(9_000)))
+    settings = config(tmp_path, files=[str(tmp_path / name)], column="t")
+
+    class Full(Writer):
+        def append(self, ids, ends_document):
+            super().append(ids, ends_document)
+            if self.n_tokens > 2000:
+                raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mixerlab.data.text.Writer", Full)
+        message = data_error(settings)
+    assert message.startswith("data.cache_dir: the disk of ")
+    assert "\n" not in message
+    assert [p for p in (tmp_path / "cache" / "text").iterdir() if p.is_dir()] == []
+    prepared(settings)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mixerlab.data import DataError, load_tokenizer
-from mixerlab.data.tokenizers import ByteTokenizer, JsonTokenizer, read_tokenizer, train_bpe
+from mixerlab.data.tokenizers import LONGEST_WORD, ByteTokenizer, JsonTokenizer, read_tokenizer, train_bpe
 
 CORPUS = [
     "the cat sat on the mat\n" * 20,
@@ -78,6 +78,20 @@ def test_training_twice_gives_the_same_tokens():
 
 def test_training_on_little_text_gives_fewer_tokens():
     assert train_bpe(["aaa aaa"], 400).vocab_size < 300
+
+
+def test_words_without_end_are_trained_on_in_parts():
+    # The work of training is proportional to the length of words: one of 60 MB would take hours.
+    tokenizer = train_bpe(["x" * 100_000], 400)
+    assert max(map(len, tokenizer.pieces)) == LONGEST_WORD
+    loaded = json.loads(tokenizer.tokenizer.to_str())["pre_tokenizer"]
+    assert loaded["type"] == "ByteLevel", "the file is one that every version of the library reads"
+
+
+def test_training_on_ordinary_words_is_as_if_they_had_no_limit(monkeypatch):
+    expected = train_bpe(CORPUS, 400).tokenizer.to_str()
+    monkeypatch.setattr("mixerlab.data.tokenizers.LONGEST_WORD", 10**6)
+    assert train_bpe(CORPUS, 400).tokenizer.to_str() == expected
 
 
 def sentencepiece() -> Tokenizer:
@@ -169,6 +183,65 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
         read_tokenizer(path, None)
 
 
+@pytest.mark.parametrize("wrong", [4_000_000_000, 1 << 22])
+def test_ids_beyond_all_vocabularies_are_refused_before_they_ask_for_memory(tmp_path, wrong):
+    file = json.loads(train_bpe(CORPUS, 400).tokenizer.to_str())
+    file["model"]["vocab"]["x"] = wrong
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    message = (
+        rf"data.tokenizer_file = .*: the token 'x' has the id {wrong}, beyond all vocabularies; .* 0 to \d+"
+    )
+    with pytest.raises(DataError, match=message) as error:
+        read_tokenizer(tmp_path / "tokenizer.json", None)
+    assert "\n" not in str(error.value)
+
+
+def bpe_of_letters(**options) -> Tokenizer:
+    """A BPE that has tokens for a and b alone."""
+    tokenizer = Tokenizer(
+        models.BPE({"a": 0, "b": 1, "ab": 2, **options.pop("more", {})}, [("a", "b")], **options)
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("more", [{}, {"</s>": 3}])
+def test_text_that_a_tokenizer_would_leave_out_is_an_error(tmp_path, more):
+    tokenizer = read(bpe_of_letters(more=more), tmp_path)
+    assert tokenizer.encode("abab") == [2, 2]
+    for text in ("ab€ab", "€", "ab</s>"):
+        with pytest.raises(DataError, match=r"the tokenizer has no token for .* and none for the unknown"):
+            tokenizer.encode_batch(["ab", text])
+    tokenizer.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["model"]["unk_token"] is None, "the file is as it was"
+    loaded = load_tokenizer(tmp_path)
+    assert loaded is not None
+    with pytest.raises(DataError, match="no token for"):
+        loaded.encode("€")
+
+
+def test_the_text_that_has_no_token_is_named(tmp_path):
+    with pytest.raises(DataError, match="no token for '€'"):
+        read(bpe_of_letters(more={"</s>": 3}), tmp_path).encode("abba€")
+
+
+@pytest.mark.parametrize(
+    "model", [models.WordLevel({"a": 0}), models.WordPiece({"a": 0}), models.Unigram([("a", -1.0)])]
+)
+def test_a_library_that_cannot_encode_a_text_is_an_error(tmp_path, model):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    with pytest.raises(DataError, match="the tokenizer has no token for a part of the text"):
+        read(tokenizer, tmp_path).encode("a x")
+
+
+def test_a_tokenizer_with_an_unknown_token_says_that(tmp_path):
+    tokenizer = read(bpe_of_letters(more={"<unk>": 3}, unk_token="<unk>"), tmp_path)
+    assert tokenizer.encode("a€b") == [0, 3, 1]
+
+
 def test_forking_after_tokenising_in_parallel_is_silent():
     code = (
         "import os; from mixerlab.data.tokenizers import train_bpe\n"
@@ -179,3 +252,32 @@ def test_forking_after_tokenising_in_parallel_is_silent():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b""),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"type": "json"}'),
+        ("tokenizer_config.json", b'{"type": "json", "eod_token": "not there"}'),
+        ("tokenizer_config.json", b"\xff"),
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"\x80\x04."),
+        ("tokenizer.json", None),
+    ],
+)
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_a_broken_tokenizer_is_named_in_one_line(tmp_path, name, content, has_checksums):
+    TOKENIZERS["bpe"].save(tmp_path)
+    assert load_tokenizer(tmp_path).vocab_size == TOKENIZERS["bpe"].vocab_size
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    if not has_checksums:
+        (tmp_path / "checksums.json").unlink()
+    with pytest.raises(DataError, match=r"^[^\n]+$") as said:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(said.value)
