@@ -21,7 +21,8 @@ from rich.console import Console
 from torch import nn
 
 from mixerlab.data import build_data
-from mixerlab.lm.parallel.processes import World, device_kind
+from mixerlab.lm.parallel.launch import device_kind
+from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.sharding import keep_freed_memory, make_decoder
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.lm.recipe.schema import Recipe

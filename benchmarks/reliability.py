@@ -1,29 +1,41 @@
-"""Kills runs at random moments and checks that they go on as if nothing had happened; signals them to end, too.
+"""Kills runs at random moments, restarts them, fills their disk and takes away their output, and checks what is left.
 
-    python benchmarks/reliability.py [--kills 30] [--signals 10] [--strategies one ddp fsdp] [--seed 0]
+    python benchmarks/reliability.py [--kills 30] [--restarts 20] [--ends 30] [--full-disks 10]
+                                     [--strategies one ddp fsdp] [--seed 0]
 
 A run of the tiny recipe, with accumulation, dropout, a loading process, validations and the border of an epoch, is
-killed (kill -9) again and again: inside a step, in a validation, and at every stage of writing a checkpoint; with two
-processes one of them at random. It continues with resume=auto. In the end every training and validation loss must be
-the uninterrupted run's, bit for bit, and every step must have had the same rows.
+killed (kill -9) again and again: inside a step, in a validation, while a checkpoint is written, while the run folder
+and the tokenised text are, and at any moment before the first step; with two processes one of them at random. It
+continues with resume=auto. Restarts: torchrun starts it again each time a process has killed itself. Full disks: the
+runs are on a disk of a few megabytes which another writer fills at a random moment (needs the right to mount one). In
+the end every training and validation loss must be the uninterrupted run's, bit for bit, and every step must have had
+the same rows. Ends: signals, readers and terminals that go; the exit code must be as documented, and a checkpoint of
+the last step be there.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import json
 import os
+import pty
 import random
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -35,7 +47,6 @@ ROOT = Path(__file__).parent.parent
 STEPS, VAL_EVERY, CHECKPOINT_EVERY = 60, 7, 5
 RECIPE = [
     "tests/golden/tiny.yaml",
-    f"trainer.steps={STEPS}",
     f"trainer.val_every={VAL_EVERY}",
     "trainer.val_batches=4",
     f"trainer.checkpoint_every={CHECKPOINT_EVERY}",
@@ -50,19 +61,35 @@ STRATEGIES = {
     "ddp": ["trainer.batch_size=1", "strategy={name: ddp, devices: 2}"],
     "fsdp": ["trainer.batch_size=1", "strategy={name: fsdp, devices: 2}"],
 }
-KINDS = ("step", "validation", "checkpoint")
+KILLS = {
+    "step": "in a step",
+    "validation": "in a validation",
+    "checkpoint": "while a checkpoint is written",
+    "files": "while tokenised text or the run folder is written, on resuming",
+    "start": "at any moment between the start and the first step, on resuming",
+}
+ENDS = {
+    "SIGTERM": "SIGTERM or SIGUSR1 to the first process, in training",
+    "start": "SIGTERM or SIGUSR1 to the first process, while the data are prepared",
+    "head": "the reader of the output ends, as with `2>&1 | head`",
+    "tee": "Ctrl-C to run and reader, as with `2>&1 | tee log`",
+    "terminal": "the terminal hangs up",
+}
 
 # Loaded by the run as a plug-in: notes the rows of every step, and kills its process at the moment it is told.
 FAULT = """
-import json, os, pathlib, signal, threading, time, zlib
+import json, os, signal, threading, time, zlib
 import torch
-from mixerlab import sealed
-from mixerlab.lm.run import checkpoint
+from mixerlab.data.text import TextData
 from mixerlab.lm.training.module import LanguageModel
 
 fault = json.loads(os.environ.get("FAULT", "{}"))
+if "restarts" in fault:  # one for each attempt
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    fault = fault["restarts"][attempt] if attempt < len(fault["restarts"]) else {}
 rank = int(os.environ.get("RANK", 0))
 aimed = fault.get("rank") == rank
+kind = fault.get("kind") if aimed else None
 
 def die(after=0.0):
     def kill():
@@ -70,176 +97,283 @@ def die(after=0.0):
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=kill).start() if after else kill()
 
-step, validation = LanguageModel.training_step, LanguageModel.validation_step
+step, validation, prepare = LanguageModel.training_step, LanguageModel.validation_step, TextData.prepare
+done = [0]
 
 def noted(self, micro_batches, i):
-    done = self.trainer.global_step
+    done[0] = self.trainer.global_step
     with open(os.environ["ROWS"], "a") as file:
         for n, batch in enumerate(micro_batches):
-            file.write(f"{done} {n} {rank} {zlib.crc32(batch['input_ids'].numpy().tobytes())}\\n")
-    if aimed and fault["kind"] == "step" and done == fault["step"]:
+            file.write(f"{done[0]} {n} {rank} {zlib.crc32(batch['input_ids'].numpy().tobytes())}\\n")
+    if kind == "step" and done[0] == fault["step"]:
         die(fault["delay"])
+    if kind in ("checkpoint", "files") and done[0] >= fault["step"] + 6:
+        die()  # it had fewer stages
     return step(self, micro_batches, i)
 
 def validated(self, batch, i, *rest):
-    here = self.trainer.global_step == fault.get("step") and i == fault["instant"] % 2
-    if aimed and fault["kind"] == "validation" and here:
+    if kind == "validation" and self.trainer.global_step == fault["step"] and i == fault["stage"] % 2:
         die()
     return validation(self, batch, i, *rest)
 
-LanguageModel.training_step, LanguageModel.validation_step = noted, validated
+def waited(self):
+    if os.environ.get("WAIT"):
+        print("preparing", flush=True)
+        time.sleep(600)
+    prepare(self)
 
-if aimed and fault["kind"] == "checkpoint":
-    writing, passed = [False], [0]
+LanguageModel.training_step, LanguageModel.validation_step, TextData.prepare = noted, validated, waited
+
+if kind in ("checkpoint", "files"):
+    passed = [0]
     def stage(function):
         def wrapped(*args, **kwargs):
-            if writing[0]:
-                if passed[0] == fault["instant"]:
-                    if function is save:
-                        save(*args, **kwargs)
-                        os.truncate(args[1], os.path.getsize(args[1]) // 2)  # in the middle of the file
-                    os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "files" or done[0] + 1 >= fault["step"]:
                 passed[0] += 1
+                if passed[0] > fault["stage"]:
+                    die(fault["delay"] if function is save else 0)  # within the file
             return function(*args, **kwargs)
         return wrapped
-    save, publish = torch.save, checkpoint._publish
+    save = torch.save
     torch.save = stage(save)
-    sealed.sync, pathlib.Path.rename = stage(sealed.sync), stage(pathlib.Path.rename)
-    def published(folder, *args):
-        writing[0] = int(folder.name.rpartition("-")[2]) >= fault["step"]
-        publish(folder, *args)
-        if writing[0] and rank:
-            os.kill(os.getpid(), signal.SIGKILL)  # this rank has fewer stages
-    checkpoint._publish = published
+    for name in ("fsync", "rename", "replace"):
+        setattr(os, name, stage(getattr(os, name)))
 """
 
 
 @dataclass
 class Trial:
+    """Something that was done to a run, and whether the run was in the end as if nothing had happened."""
+
     strategy: str
-    kind: str
-    step: int
-    instant: int
-    rank: int
-    resumed_from: int
-    went_on: bool
+    what: str
+    good: bool
 
 
-def command(strategy: str, folder: Path, *extra: str) -> list[str]:
+def command(strategy: str, folder: Path, *extra: str, launcher: Sequence[str] = ()) -> list[str]:
     places = [f"logging.dir={folder / 'runs'}", f"data.cache_dir={folder / 'cache'}"]
-    return [sys.executable, "train.py", *RECIPE, *STRATEGIES[strategy], *places, *extra]
+    return [sys.executable, *launcher, "train.py", *RECIPE, *STRATEGIES[strategy], *places, *extra]
 
 
 def environment(folder: Path, fault: dict | None = None) -> dict[str, str]:
+    (folder / "fault.py").write_text(FAULT)
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "FAULT": json.dumps(fault or {}),
         "ROWS": str(folder / "rows.txt"),
         "OMP_NUM_THREADS": "1",
     }
 
 
-def run(strategy: str, folder: Path, fault: dict | None = None, *extra: str) -> int:
-    """Trains until the end or the fault; returns the exit code."""
-    (folder / "fault.py").write_text(FAULT.replace("\\\\n", "\\n"))
+def begin(strategy: str, folder: Path, fault: dict | None, *extra: str, **options) -> subprocess.Popen:
+    """A run that trains in the background; what it says goes to log.txt."""
     with (folder / "log.txt").open("a") as log:
-        return subprocess.run(
-            command(strategy, folder, *extra),
-            cwd=ROOT,
-            env=environment(folder, fault),
-            stdout=log,
-            stderr=log,
-            timeout=600,
-        ).returncode
+        line = command(strategy, folder, f"trainer.steps={STEPS}", *extra, **options)
+        print("$", shlex.join(line), json.dumps(fault), file=log, flush=True)
+        return subprocess.Popen(line, cwd=ROOT, env=environment(folder, fault), stdout=log, stderr=log)
+
+
+def run(strategy: str, folder: Path, fault: dict | None = None, *extra: str, **options) -> int:
+    """Trains until the end or the fault; returns the exit code."""
+    return begin(strategy, folder, fault, *extra, **options).wait(timeout=900)
 
 
 def run_folder(folder: Path) -> Path:
-    (found,) = (folder / "runs" / "tiny").iterdir()
+    """The run's folder; those without a checkpoint are of starts that were killed."""
+    (found,) = (path for path in (folder / "runs" / "tiny").iterdir() if Run(path).checkpoints.all())
     return found
 
 
 def curves(folder: Path) -> dict[tuple[str, str], str]:
-    """(metric, step) -> value as written, of everything that must not depend on the kills."""
+    """(metric, step) -> value as written, of everything that must not depend on what was done to the run."""
     with (run_folder(folder) / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    kept = {
-        (r["metric"], r["step"]): r["value"] for r in rows if not r["metric"].startswith(("speed", "memory"))
-    }
-    assert len(kept) == sum(not r["metric"].startswith(("speed", "memory")) for r in rows), (
-        "a step is logged twice"
-    )
+        rows = [r for r in csv.DictReader(file) if not r["metric"].startswith(("speed", "memory"))]
+    kept = {(r["metric"], r["step"]): r["value"] for r in rows}
+    assert len(kept) == len(rows), "a step is logged twice"
     return kept
 
 
 def rows_of_steps(folder: Path) -> dict[tuple[str, ...], str]:
     """(step, micro-batch, rank) -> checksum of its rows, of the last time that the step was trained."""
     lines = [line.split() for line in (folder / "rows.txt").read_text().splitlines()]
-    return {tuple(line[:3]): line[3] for line in lines}
+    return {
+        tuple(line[:3]): line[3] for line in lines if len(line) == 4
+    }  # a killed rank may leave half a line
+
+
+def same(folder: Path, other: Path) -> bool:
+    """Whether two runs had the same losses, as text, from the same rows."""
+    return curves(folder) == curves(other) and rows_of_steps(folder) == rows_of_steps(other)
+
+
+def whole_run(strategy: str, folder: Path) -> Path:
+    """A run that is left alone."""
+    folder.mkdir(parents=True)
+    assert run(strategy, folder) == 0, (folder / "log.txt").read_text()
+    return folder
 
 
 def kill_again_and_again(
-    strategy: str, folder: Path, kills: int, draw: random.Random, progress: Progress, task
+    strategy: str, folder: Path, whole: Path, kills: int, draw: random.Random, advance: Callable[[], None]
 ) -> list[Trial]:
-    """One run, killed `kills` times on its way to the end, compared with one that was left alone."""
-    whole, killed = folder / "whole", folder / "killed"
-    for place in (whole, killed):
-        place.mkdir(parents=True)
-    assert run(strategy, whole) == 0, (whole / "log.txt").read_text()
-    trials = []
+    """One run, killed `kills` times on its way to the end."""
+    folder.mkdir(parents=True)
+    kinds, sound = [], True
+    span = STEPS - CHECKPOINT_EVERY - 4
     for n in range(kills):
         # Spread over the run; the first after there is a checkpoint to continue from.
-        low = CHECKPOINT_EVERY + 1 + n * (STEPS - CHECKPOINT_EVERY - 4) // kills
-        step = low + draw.randrange(max(1, (STEPS - CHECKPOINT_EVERY - 4) // kills))
-        kind = KINDS[n % len(KINDS)]
+        step = CHECKPOINT_EVERY + 1 + n * span // kills + draw.randrange(max(1, span // kills))
+        kind = list(KILLS)[n % len(KILLS)]
         if kind == "validation":
             step = min(-(-step // VAL_EVERY) * VAL_EVERY, STEPS - STEPS % VAL_EVERY)
-        instant, delay = draw.randrange(9), draw.uniform(0.0005, 0.03)
         rank = 0 if strategy == "one" else draw.randrange(2)
-        fault = {"kind": kind, "step": step, "instant": instant, "delay": delay, "rank": rank}
-        code = run(strategy, killed, fault, "resume=auto")
-        assert code != 0, f"{fault}: the fault did not happen\n{(killed / 'log.txt').read_text()[-3000:]}"
-        checkpoints = Run(run_folder(killed)).checkpoints.all()
-        damaged = [folder for folder in checkpoints if find_damage(folder)]
-        last = read_meta(checkpoints[-1])["global_step"]
-        trials.append(Trial(strategy, kind, step, instant, rank, last, not damaged))
-        progress.advance(task)
-    code = run(strategy, killed, None, "resume=auto")
-    same = code == 0 and curves(killed) == curves(whole) and rows_of_steps(killed) == rows_of_steps(whole)
-    for trial in trials:
-        trial.went_on = trial.went_on and same
-    return trials
+        fault = {"kind": kind, "step": step, "stage": draw.randrange(24 if kind == "files" else 9)}
+        fault |= {"delay": draw.uniform(0.0005, 0.03), "rank": rank}
+        if kind in ("files", "start"):
+            shutil.rmtree(folder / "cache")
+        if kind == "start":
+            code = kill_at_the_start(strategy, folder, rank, draw)
+        else:
+            code = run(strategy, folder, fault, "resume=auto")
+        assert code not in (0, 2), f"{fault}: {code}\n{(folder / 'log.txt').read_text()[-3000:]}"
+        sound = sound and not any(map(find_damage, Run(run_folder(folder)).checkpoints.all()))
+        kinds.append(kind)
+        advance()
+    sound = sound and run(strategy, folder, None, "resume=auto") == 0 and same(folder, whole)
+    return [Trial(strategy, f"killed {KILLS[kind]}", sound) for kind in kinds]
 
 
-def end_by_signal(strategy: str, folder: Path, draw: random.Random) -> tuple[str, int, bool]:
-    """A signal at a random moment of training: (signal, step reached, whether checkpoint and exit code are right)."""
+def kill_at_the_start(strategy: str, folder: Path, rank: int, draw: random.Random) -> int:
+    """Kills a rank at a random moment before the first step."""
+    rows = (folder / "rows.txt").stat().st_size
+    moment = draw.uniform(0.1, 10)
+    process = begin(strategy, folder, None, "resume=auto")
+    began = time.monotonic()
+    while time.monotonic() - began < moment and (folder / "rows.txt").stat().st_size == rows:
+        time.sleep(0.01)
+    further = [int(pid) for pid in children_of(process.pid)]
+    os.kill(further[0] if rank and further else process.pid, signal.SIGKILL)
+    return process.wait(timeout=120)
+
+
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def restart_again_and_again(
+    strategy: str, folder: Path, whole: Path, restarts: int, draw: random.Random
+) -> list[Trial]:
+    """One run that torchrun restarts each time one of its processes has been killed."""
     folder.mkdir(parents=True)
-    (folder / "fault.py").write_text(FAULT.replace("\\\\n", "\\n"))
-    signum = draw.choice([signal.SIGTERM, signal.SIGUSR1])
-    process = subprocess.Popen(
-        command(strategy, folder, "trainer.steps=100000", "trainer.checkpoint_every=100000"),
-        cwd=ROOT,
-        env=environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    first = draw.randrange(1, 9)
-    for line in process.stdout:
-        if (found := re.match(r"step (\d+)/", line)) and int(found[1]) >= first:
-            break
-    time.sleep(draw.uniform(0, 0.2))
-    process.send_signal(signum)
-    rest, _ = process.communicate(timeout=300)
-    checkpoints = Run(run_folder(folder)).checkpoints.all()
-    reached = read_meta(checkpoints[-1])["global_step"] if checkpoints else 0
-    logged = max(int(step) for metric, step in curves(folder) if metric == "train/loss")
-    good = process.returncode == 75 and reached == logged and find_damage(checkpoints[-1]) is None
-    if not good:
-        print(
-            f"exit code {process.returncode}, checkpoint {reached}, logged {logged}:\n{rest}", file=sys.stderr
+    faults = []
+    for n in range(restarts):
+        step = 2 + n * (STEPS - 4) // restarts + draw.randrange(max(1, (STEPS - 4) // restarts))
+        faults.append(
+            {"kind": "step", "step": step, "delay": draw.uniform(0, 0.03), "rank": draw.randrange(2)}
         )
-    return signal.Signals(signum).name, reached, good
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    code = run(
+        strategy,
+        folder,
+        {"restarts": faults},
+        launcher=[*launcher, "--max-restarts", str(restarts)],
+    )
+    sound = code == 0 and same(folder, whole)
+    return [Trial(strategy, "killed in a step, restarted by torchrun", sound)] * restarts
+
+
+def fill_the_disk(folder: Path, whole: Path, draw: random.Random) -> Trial | None:
+    """A run whose disk another writer fills, once it has started and once more when it resumes."""
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)]).returncode:
+        print("full disks are left out: this user cannot mount one", file=sys.stderr)
+        return None
+    ends = []
+    try:
+        for _ in range(2):
+            process = begin("one", folder, None, "resume=auto")
+            time.sleep(draw.uniform(1, 9))
+            with (folder / "other").open("wb", buffering=0) as file:
+                while process.poll() is None:
+                    try:
+                        file.write(b"x" * 4096)
+                    except OSError:  # full; it takes what the run makes free, too
+                        time.sleep(0.01)
+            ends.append(process.wait(timeout=600))
+            (folder / "other").unlink()
+        ends.append(run("one", folder, None, "resume=auto"))
+        good = ends[2] == 0 and set(ends) <= {0, 1, 2} and same(folder, whole)
+        shutil.copy(folder / "log.txt", folder.with_suffix(".log"))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    print(f"full disk: exit codes {ends}", file=sys.stderr)
+    return Trial("one", "another writer filled the disk, at any moment, twice", good)
+
+
+def end_by(what: str, strategy: str, folder: Path, draw: random.Random) -> Trial:
+    """A run that is asked to end, in one of several ways."""
+    folder.mkdir(parents=True)
+    line = command(strategy, folder, "trainer.steps=100000", "trainer.checkpoint_every=100000")
+    step, expected = draw.randrange(1, 9), 75
+    env = environment(folder) | ({"WAIT": "1"} if what == "start" else {})
+    options: dict[str, Any] = {"cwd": ROOT, "env": env, "start_new_session": True}
+    if what == "terminal":
+        read, write = pty.openpty()
+        options |= {
+            "stdin": write,
+            "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        }  # so it hangs up
+    else:
+        read, write = os.pipe()
+    process = subprocess.Popen(line, stdout=write, stderr=write, **options)
+    os.close(write)
+    if what == "tee":
+        log = folder / "tee.txt"
+        tee = subprocess.Popen(["tee", str(log)], stdin=read, stdout=subprocess.DEVNULL)
+        while f"step {step}/" not in (log.read_text() if log.exists() else ""):
+            time.sleep(0.05)
+        tee.send_signal(signal.SIGINT)  # as a terminal does, to both at once
+        os.killpg(process.pid, signal.SIGINT)
+        expected = 130
+    else:
+        shown = {"start": "preparing", "terminal": r"\b[1-9]\d*/100000"}  # a terminal is not shown every step
+        read_until(read, shown.get(what, rf"step {step}/"))
+    if what in ("SIGTERM", "start"):
+        time.sleep(draw.uniform(0, 0.2))
+        process.send_signal(draw.choice([signal.SIGTERM, signal.SIGUSR1]))
+        process.wait(timeout=120)
+    os.close(read)
+    code = process.wait(timeout=120)
+    good = code == expected and (what == "start" or last_step_is_saved(folder))
+    if not good:
+        print(f"{what}, {strategy}, step {step}: exit code {code}", file=sys.stderr)
+    return Trial(strategy, ENDS[what], good)
+
+
+def read_until(descriptor: int, pattern: str) -> None:
+    text = ""
+    while not re.search(pattern, text):
+        piece = os.read(descriptor, 1 << 16)
+        assert piece, text
+        text += piece.decode(errors="replace")
+
+
+def last_step_is_saved(folder: Path) -> bool:
+    """Whether there is a whole checkpoint of the last step that was logged."""
+    checkpoints = Run(run_folder(folder)).checkpoints.all()
+    logged = max(int(step) for metric, step in curves(folder) if metric == "train/loss")
+    return read_meta(checkpoints[-1])["global_step"] == logged and find_damage(checkpoints[-1]) is None
+
+
+@contextmanager
+def scratch_folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True)
+        yield keep
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,48 +382,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=30, help="over all strategies (default: %(default)s)")
-    parser.add_argument("--signals", type=int, default=10, help="per strategy (default: %(default)s)")
+    parser.add_argument(
+        "--restarts", type=int, default=20, help="of ddp and of fsdp, each (default: %(default)s)"
+    )
+    parser.add_argument("--ends", type=int, default=30, help="over all strategies (default: %(default)s)")
+    parser.add_argument("--full-disks", type=int, default=10, help="of one process (default: %(default)s)")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--keep", type=Path, help="leave runs and logs in this new folder")
     args = parser.parse_args(arguments)
     draw = random.Random(args.seed)
     trials: list[Trial] = []
-    ends: list[tuple[str, str, int, bool]] = []
-    with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("killing", total=args.kills)
-        for n, strategy in enumerate(args.strategies):
-            share = args.kills // len(args.strategies) + (n < args.kills % len(args.strategies))
-            if share:
-                trials += kill_again_and_again(
-                    strategy, Path(scratch) / strategy, share, draw, progress, task
-                )
-        task = progress.add_task("signalling", total=args.signals * len(args.strategies))
-        for strategy in args.strategies:
-            for n in range(args.signals):
-                ends.append((strategy, *end_by_signal(strategy, Path(scratch) / f"{strategy}-{n}", draw)))
+    chosen = args.strategies
+    with scratch_folder(args.keep) as scratch, Progress(console=Console(stderr=True)) as progress:
+        wholes = {}
+        if args.kills or args.restarts or args.full_disks:
+            task = progress.add_task("runs that are left alone", total=len(chosen))
+            for strategy in chosen:
+                wholes[strategy] = whole_run(strategy, scratch / f"{strategy}-whole")
                 progress.advance(task)
-    lines = ["| processes | killed in | at step | rank | continued from step | same losses and rows |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for t in trials:
-        where = f"{t.kind} (stage {t.instant})" if t.kind == "checkpoint" else t.kind
-        lines.append(
-            f"| {t.strategy} | {where} | {t.step} | {t.rank} | {t.resumed_from} | {'yes' if t.went_on else 'NO'} |"
-        )
-    lines += [
-        "",
-        "| processes | signals | exit code 75 and a whole checkpoint of the last step |",
-        "|---|---|---|",
-    ]
-    for strategy in args.strategies:
-        mine = [end for end in ends if end[0] == strategy]
-        counts = {name: sum(end[1] == name for end in mine) for name in ("SIGTERM", "SIGUSR1")}
-        shown = ", ".join(f"{count} {name}" for name, count in counts.items())
-        lines.append(f"| {strategy} | {shown} | {sum(end[3] for end in mine)} of {len(mine)} |")
-    print("\n".join(lines))
+        if args.kills:
+            task = progress.add_task("kills", total=args.kills)
+            for n, strategy in enumerate(chosen):
+                share = args.kills // len(chosen) + (n < args.kills % len(chosen))
+                folder = scratch / f"{strategy}-killed"
+                trials += kill_again_and_again(
+                    strategy, folder, wholes[strategy], share, draw, lambda: progress.advance(task)
+                )
+        several = [strategy for strategy in chosen if strategy != "one"]
+        if args.restarts and several:
+            task = progress.add_task("restarts", total=len(several))
+            for strategy in several:
+                folder = scratch / f"{strategy}-restarted"
+                trials += restart_again_and_again(strategy, folder, wholes[strategy], args.restarts, draw)
+                progress.advance(task)
+        if args.full_disks and "one" in chosen:
+            task = progress.add_task("full disks", total=args.full_disks)
+            for n in range(args.full_disks):
+                if trial := fill_the_disk(scratch / f"full-{n}", wholes["one"], draw):
+                    trials.append(trial)
+                progress.advance(task)
+        task = progress.add_task("ends", total=args.ends)
+        for n in range(args.ends):
+            what, strategy = list(ENDS)[n % len(ENDS)], chosen[n // len(ENDS) % len(chosen)]
+            trials.append(end_by(what, strategy, scratch / f"end-{n}", draw))
+            progress.advance(task)
+    table = "\n".join(lines_of(trials))
+    print(table)
     if args.markdown:
-        args.markdown.write_text("\n".join(lines) + "\n")
-    return 0 if all(t.went_on for t in trials) and all(end[3] for end in ends) else 1
+        args.markdown.write_text(table + "\n")
+    return 0 if all(trial.good for trial in trials) else 1
+
+
+def lines_of(trials: list[Trial]) -> Iterator[str]:
+    yield "| what | processes | as it should be |"
+    yield "|---|---|---|"
+    for what, strategy in dict.fromkeys((trial.what, trial.strategy) for trial in trials):
+        mine = [trial.good for trial in trials if (trial.what, trial.strategy) == (what, strategy)]
+        yield f"| {what} | {strategy} | {sum(mine)} of {len(mine)} |"
 
 
 if __name__ == "__main__":

@@ -1,45 +1,86 @@
-"""The processes of a run: started, connected, and agreeing on what one of them finds.
+"""The processes of a run: agreeing on what one of them finds, and ending together.
 
-One process per device. Several on this machine are started here; on several machines torchrun or SLURM starts them,
-and their environment variables say who is who. Rank 0 of all is the main process.
+One process per device. Rank 0 of all is the main process. `launch` starts or joins them.
 """
 
+import json
 import os
-import pickle
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from torch import Tensor
 
+from mixerlab.lm.parallel.interrupts import INTERRUPTED, Interrupts
 from mixerlab.lm.recipe.schema import StrategyConfig
-from mixerlab.options import ConfigError
+from mixerlab.options import UserError
 
 Answer = TypeVar("Answer")
 
-INTERRUPTED = (75, 130)
-"""Exit codes of a run that was asked to end and can be continued: EX_TEMPFAIL of sysexits.h, and Ctrl-C."""
-
-FOREVER = timedelta(days=30)
-"""How long the others wait for what only rank 0 does, such as tokenising the data: it has no time limit."""
-
 
 class LostProcessError(RuntimeError):
-    """Another process of the run has ended or hangs; the message is for the user."""
+    """Another process of the run has failed, ended or hangs; the message is for the user."""
+
+
+class Channel:
+    """What ranks tell each other by way of torch's store: JSON, since whoever reaches the store's port can write.
+
+    For one thread; all ranks call it in the same order.
+    """
+
+    def __init__(self, store: dist.Store | None, rank: int, size: int):
+        self._store, self.rank, self.size = store, rank, size
+        self._rounds = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank; what JSON can express."""
+        if self._store is None:
+            return [value]
+        keys = [f"{self._rounds}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], json.dumps(value))
+        wait_for(self._store, keys)
+        values = [_value(text) for text in self._store.multi_get(keys)]
+        if self._rounds:  # whose values all have read who have come here
+            self._store.delete_key(f"{self._rounds - 1}/{self.rank}")
+        self._rounds += 1
+        return values
+
+
+def wait_for(store: dist.Store, keys: Sequence[str], limit: timedelta | None = None) -> None:
+    """Returns when all keys are there. In naps, because signals are not heard within the store's own waiting.
+
+    Without a `limit` the hang watch ends a waiting in vain. Raises LostProcessError, and TimeoutError at the limit.
+    """
+    began, nap = time.monotonic(), 0.001
+    while not _there(store, keys):
+        if limit is not None and time.monotonic() - began > limit.total_seconds():
+            raise TimeoutError
+        time.sleep(nap)
+        nap = min(2 * nap, 0.2)
+
+
+def _there(store: dist.Store, keys: Sequence[str]) -> bool:
+    try:
+        return store.check(list(keys))
+    except RuntimeError:
+        raise LostProcessError("rank 0, which all processes meet at, has ended") from None
+
+
+def _value(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise LostProcessError(
+            "the store at which the processes meet holds what no process of this run has written"
+        ) from None
 
 
 @dataclass
@@ -51,57 +92,89 @@ class World:
     devices: int = 1  # processes of this node
     nodes: int = 1
     environment: ClusterEnvironment | None = None  # for Lightning; None where there is one process
-    store: Any = None  # torch's key-value store that all processes see
+    store: Any = None  # torch's key-value store that the processes of this attempt share
+    interrupts: Interrupts = field(default_factory=Interrupts)
     all_raised: bool = False
     """Whether the exception under way is raised on every rank, so that rank 0 alone should print it."""
+    place: int = 0
+    signs: int = 0
+    doing: str = "starting"
+    """What the hang watch publishes: how far this rank has come, how often it gave a sign of life, what it does."""
+    closing: bool = False
+    children: list[subprocess.Popen] = field(default_factory=list)
+    lasting_store: Any = None  # torchrun's, which outlives an attempt
     _questions: int = 0
-    _closing: bool = False
-    _children: list[subprocess.Popen] = field(default_factory=list)
+    _channel: Channel | None = None
 
     @property
     def size(self) -> int:
         """Processes in all."""
         return self.devices * self.nodes
 
+    def moved(self, doing: str) -> None:
+        """To be called before every thing that may take long, with what it is; by all ranks alike."""
+        self.place += 1
+        self.is_at(doing)
+
+    def is_at(self, doing: str) -> None:
+        """A sign of life from within such a thing, of any rank, with what it does now."""
+        self.signs += 1
+        self.doing = doing
+
+    def channel(self, name: str) -> Channel:
+        """A connection of its own to the other ranks, for another thread."""
+        if self.store is None:
+            return Channel(None, 0, 1)
+        return Channel(dist.PrefixStore(f"channel/{name}", self.store.clone()), self.rank, self.size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank; what JSON can express. For the main thread."""
+        if self._channel is None:
+            self._channel = self.channel("main")
+        self.moved("waiting for the others")
+        return self._channel.gather(value)
+
     def ask_main(self, question: Callable[[], Answer]) -> Answer:
-        """Runs `question` on rank 0 alone; every rank returns its answer, or raises its exception."""
+        """Runs `question` on rank 0 alone; every rank returns its answer, which JSON must be able to express.
+
+        If it fails every rank raises: rank 0 what was raised there, the others its text as a UserError where it is
+        one, else as a LostProcessError.
+        """
         if self.size == 1:
             return question()
         key = f"answer/{self._questions}"
         self._questions += 1
         if self.rank == 0:
-            answer: Any = None
-            problem: Exception | None = None
             try:
                 answer = question()
+                reply = json.dumps({"answer": answer})
             except Exception as error:
-                problem = error
-            try:
-                reply = pickle.dumps((answer, problem))
-            except Exception as error:  # of some library, or a plug-in's, that cannot travel
-                problem = problem or error
-                reply = pickle.dumps((None, LostProcessError(f"rank 0 failed: {problem!r}")))
+                self.all_raised = True
+                problem = str(error) if isinstance(error, UserError) else f"rank 0 failed: {error!r}"
+                self.store.set(key, json.dumps({"problem": problem, "is_ours": isinstance(error, UserError)}))
+                raise
             self.store.set(key, reply)
-        else:
-            self.store.wait([key], FOREVER)
-            answer, problem = pickle.loads(self.store.get(key))  # written by rank 0 of this very run
-        if problem is not None:
+            self.moved(self.doing)
+            return answer
+        doing = self.doing
+        self.moved("waiting for rank 0")
+        wait_for(self.store, [key])
+        self.is_at(doing)
+        reply = _value(self.store.get(key))
+        if "problem" in reply:
             self.all_raised = True
-            raise problem
-        return answer
-
-    def wait_for_all(self) -> None:
-        """Returns when every rank has come here, however long that takes; to be called once."""
-        if self.size > 1:
-            keys = [f"here/{rank}" for rank in range(self.size)]
-            self.store.set(keys[self.rank], "")
-            self.store.wait(keys, FOREVER)
+            raise (UserError if reply["is_ours"] else LostProcessError)(reply["problem"])
+        return reply["answer"]
 
     def connect(self, device: torch.device, strategy: StrategyConfig) -> None:
         """Makes torch's process group, if it is needed: gloo for what lies on the CPU, NCCL for GPUs."""
         if dist.is_initialized() or (self.size == 1 and strategy.name != "fsdp"):
             return
         on_gpu = device.type == "cuda"
+        if on_gpu:
+            os.environ.setdefault(
+                "TORCH_FR_BUFFER_SIZE", "2000"
+            )  # what the hang watch writes of a hang in NCCL
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=dist.HashStore() if self.size == 1 else dist.PrefixStore("group", self.store),
@@ -111,14 +184,6 @@ class World:
             timeout=timedelta(seconds=strategy.timeout + 60),
             device_id=device if on_gpu else None,
         )
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, on every rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, on every rank; in place."""
@@ -134,169 +199,76 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
-    def killed(self) -> str | None:
-        """Which of the processes started here was killed or failed, in words; waits a moment for the news."""
+    @property
+    def earlier_run(self) -> str | None:
+        """The run folder that an earlier attempt under this torchrun opened, on rank 0."""
+        if self.lasting_store is None or not self.lasting_store.check(["run"]):
+            return None
+        return self.lasting_store.get("run").decode()
+
+    def note_run(self, path: str) -> None:
+        """Has a restart by torchrun go on with this run folder. For rank 0."""
+        if self.lasting_store is not None:
+            self.lasting_store.set("run", path)
+
+    def tell_end(self, code: int, why: str) -> None:
+        """Ends all other ranks with `code`: this one has failed or was interrupted where they did not."""
+        if self.store is not None and not self.all_raised:
+            with suppress(RuntimeError):  # the store may have gone
+                self.store.compare_set("end", "", json.dumps({"rank": self.rank, "code": code, "why": why}))
+
+    def told_end(self, store: Any = None) -> dict[str, Any] | None:
+        """What another rank said with `tell_end`: its "rank", "code" and "why"."""
+        store = self.store if store is None else store
+        if store is None or not store.check(["end"]):
+            return None
+        end = _value(store.get("end"))
+        return end if end["rank"] != self.rank else None
+
+    def lost(self) -> str | None:
+        """Which other process has failed or was killed, in words; waits a moment for the news."""
         for _ in range(20):
-            for rank, child in enumerate(self._children, 1):
-                if (code := child.poll()) not in (None, 0, *INTERRUPTED):
-                    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                    return f"rank {rank} {how}"
-            if not self._children:
-                return None
+            with suppress(RuntimeError):
+                if end := self.told_end():
+                    return f"rank {end['rank']}: {end['why']}"
+            if killed := self.killed():
+                return killed
             time.sleep(0.1)
         return None
 
+    def killed(self) -> str | None:
+        """Which of the processes started here was killed or failed, in words."""
+        for rank, child in enumerate(self.children, 1):
+            if (code := child.poll()) not in (None, 0, *INTERRUPTED):
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                return f"rank {rank} {how}"
+        return None
+
     def close(self, failed: bool) -> None:
-        """Leaves the process group and waits for the processes that this one started; not long if it failed."""
-        self._closing = True
+        """Leaves the process group and waits for the other processes; not long if it failed."""
+        self.closing = True
+        if self.store is not None and not failed:
+            with suppress(RuntimeError, LostProcessError, TimeoutError):
+                self.store.set(f"closing/{self.rank}", "")
+                if self.rank == 0:  # the store ends with this process
+                    keys = [f"closing/{rank}" for rank in range(self.size)]
+                    wait_for(self.store, keys, timedelta(seconds=60))
         if dist.is_initialized() and not failed:
             dist.destroy_process_group()
-        for child in self._children:
+        for child in self.children:
             try:
                 child.wait(timeout=5 if failed else 60)
             except subprocess.TimeoutExpired:
                 child.kill()
-        self._children.clear()
+        self.children.clear()
 
-
-def start(strategy: StrategyConfig, command: Sequence[str]) -> World:
-    """Joins the processes that torchrun or SLURM started, or starts those that `strategy` asks for.
-
-    Args:
-        strategy: which devices, and how many.
-        command: the command line that starts this very program, for its further processes on this machine.
-
-    Raises:
-        ConfigError: the devices are not there, or others than those that were started.
-    """
-    if dist.is_torchelastic_launched():
-        return _join(
-            strategy,
-            TorchElasticEnvironment(),
-            devices=int(os.environ["LOCAL_WORLD_SIZE"]),
-            size=int(os.environ["WORLD_SIZE"]),
-            starter="torchrun",
-        )
-    if SLURMEnvironment.detect():
-        size, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
-        return _join(
-            strategy, SLURMEnvironment(auto_requeue=False), devices=size // nodes, size=size, starter="SLURM"
-        )
-    if strategy.num_nodes > 1:
-        raise ConfigError(
-            f"strategy.num_nodes = {strategy.num_nodes}: on several machines torchrun or SLURM must start the "
-            "processes; --dry-run prints the line"
-        )
-    devices = local_devices(strategy)
-    if devices == 1:
-        return World()
-    children = []
-    if "LOCAL_RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        os.environ |= {"WORLD_SIZE": str(devices), "RANK": "0", "LOCAL_RANK": "0"}
-        for rank in range(1, devices):
-            variables = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            variables["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # of plug-ins, however found
-            children.append(subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL))
-    rank = int(os.environ["LOCAL_RANK"])
-    world = World(rank, rank, devices, 1, LightningEnvironment(), _children=children)
-    _open_store(world)
-    if children:
-        threading.Thread(target=_end_with_children, args=[world], daemon=True).start()
-    else:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-    return world
-
-
-def device_kind(strategy: StrategyConfig) -> str:
-    """What to train on, "gpu" or "cpu". Raises ConfigError for a GPU that is not there."""
-    if strategy.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ConfigError(
-            "strategy.accelerator = 'gpu': no CUDA device is available here; expected auto or cpu"
-        )
-    return "gpu" if strategy.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def local_devices(strategy: StrategyConfig) -> int:
-    """Devices of this machine that the recipe asks for. Raises ConfigError for GPUs that are not there."""
-    gpus = torch.cuda.device_count() if strategy.accelerator != "cpu" else 0
-    if strategy.devices == "auto":
-        return gpus or 1
-    if gpus and strategy.devices > gpus:
-        raise ConfigError(
-            f"strategy.devices = {strategy.devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; "
-            f"expected auto or at most {gpus}"
-        )
-    return strategy.devices
-
-
-def _join(
-    strategy: StrategyConfig, environment: ClusterEnvironment, devices: int, size: int, starter: str
-) -> World:
-    nodes = size // devices
-    if strategy.devices not in ("auto", devices):
-        raise ConfigError(
-            f"strategy.devices = {strategy.devices}: {starter} started {devices} processes on this machine; "
-            "make the two equal, or leave devices at auto"
-        )
-    if strategy.num_nodes not in (1, nodes):
-        raise ConfigError(
-            f"strategy.num_nodes = {strategy.num_nodes}: {starter} started processes on {nodes} machines"
-        )
-    if size == 1:
-        return World()
-    rank = environment.global_rank()
-    world = World(rank, environment.local_rank(), devices, nodes, environment)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": environment.main_address,
-        "MASTER_PORT": str(environment.main_port),
-    }
-    _open_store(world)
-    return world
-
-
-def _open_store(world: World) -> None:
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-    except Exception as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise LostProcessError(
-            f"rank {world.rank}: cannot reach the other processes at {where}: {str(error).splitlines()[0]}"
-        ) from None
-    world.store = dist.PrefixStore("mixerlab", store)
-
-
-def _end_with_children(world: World) -> None:
-    """Ends this process where one that it started has failed: it would wait for it in vain."""
-    while True:
-        time.sleep(0.2)
-        if any(child.poll() not in (None, 0, *INTERRUPTED) for child in list(world._children)):
-            lost = world.killed()
-            time.sleep(5)  # for this process to notice, and to say more
-            if world._closing:
-                return
-            say(f"stopped: {lost}. The checkpoints are whole; continue with resume=auto")
-            end_all(world, 1)
-
-
-def _end_with_parent() -> None:
-    """Ends this process where the one that started it has gone: nobody else would."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def end_all(world: World, code: int) -> None:
-    """Ends this process and those that it started, at once."""
-    for child in world._children:
-        child.kill()
-    sys.stdout.flush()
-    os._exit(code)
+    def end(self, code: int) -> None:
+        """Ends this process and those that it started, at once; for threads."""
+        for child in self.children:
+            child.kill()
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
 
 
 def say(text: str) -> None:

@@ -110,10 +110,10 @@ def _recompute(block: nn.Module, selective: bool) -> None:
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_what_mixes)
 
-    def recomputed(x: Tensor, segment_ids: Tensor | None = None, diagnostics: Any = None) -> Tensor:
+    def recomputed(x: Tensor, segment_ids: Tensor | None = None, diagnose: bool = False) -> Any:
         if not torch.is_grad_enabled():
-            return forward(x, segment_ids, diagnostics)
-        return checkpoint(forward, x, segment_ids, diagnostics, **options)
+            return forward(x, segment_ids, diagnose)
+        return checkpoint(forward, x, segment_ids, diagnose, **options)
 
     block.forward = recomputed
 

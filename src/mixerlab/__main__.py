@@ -1,6 +1,8 @@
 """The command line: mixerlab VERB ..., or python -m mixerlab VERB ..."""
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -47,9 +49,14 @@ def run(command, *arguments) -> int:
     from mixerlab.options import UserError
 
     try:
-        return command(*arguments)
+        code = command(*arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        return 128 + signal.SIGPIPE
     except ValueError as error:
         from mixerlab.kernels.backend import BackendError
 

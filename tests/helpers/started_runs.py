@@ -24,13 +24,21 @@ LONG = [
 CURVES = ("train/loss", "train/gradient_norm", "valid/loss", "train/learning_rate")
 
 
+def command(*arguments, launcher=(), recipe=TINY):
+    return [sys.executable, *launcher, "train.py", recipe, *arguments]
+
+
+def environment(more=None):
+    return os.environ | {"OMP_NUM_THREADS": "1"} | (more or {})
+
+
 def start(*arguments, env=None, start_new_session=False, launcher=(), recipe=TINY):
     """A process that trains."""
     return subprocess.Popen(
-        [sys.executable, *launcher, "train.py", recipe, *arguments],
+        command(*arguments, launcher=launcher, recipe=recipe),
         start_new_session=start_new_session,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        env=environment(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -68,18 +76,19 @@ def assert_same_curves(run, other, tolerance=1e-5):
 def plugin(folder, source):
     """Options of `start` for a run that can import the plug-in `mishap` with this source."""
     (folder / "mishap.py").write_text(source)
-    return {"env": {"PYTHONPATH": str(folder)}}
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    return {"env": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
 
 
 PROBE = """
 import sys, torch
-from mixerlab.lm.parallel.processes import start
+from mixerlab.lm.parallel.launch import launch
 from mixerlab.lm.parallel.sharding import make_decoder, make_mesh
 from mixerlab.lm.parallel.strategies import _piece
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.lm.run.checkpoint import read
 recipe = load_recipe(sys.argv[1], sys.argv[3:])
-world = start(recipe.strategy, [sys.executable, *sys.argv])
+world = launch(recipe.strategy, [sys.executable, *sys.argv])
 world.connect(torch.device("cpu"), recipe.strategy)
 decoder = make_decoder(recipe, 257, make_mesh(recipe.strategy, world, "cpu"))
 if recipe.resume:

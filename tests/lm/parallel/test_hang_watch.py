@@ -4,8 +4,6 @@ import time
 
 import pytest
 
-from mixerlab.lm.parallel.hang_watch import HangWatch
-from mixerlab.lm.parallel.processes import World
 from started_runs import LONG, finish, layout, plugin, start
 
 HANGS = """
@@ -29,8 +27,3 @@ def test_a_rank_that_hangs_is_named(tmp_path, unequal):
     assert "no progress for 5 s: the others wait for rank 1 (in step 6)" in err
     assert "mishap.py" in err, "the stack says where"
     assert time.monotonic() - began < 120
-
-
-def test_one_process_needs_no_watch():
-    watch = HangWatch(World(), timeout=1e-9)
-    watch.moved("in step 1")  # reaches for no store

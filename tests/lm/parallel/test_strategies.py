@@ -1,5 +1,6 @@
 """Several processes: as one would train, and from any number of ranks to any other."""
 
+import csv
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from mixerlab.__main__ import main
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.strategies import CheckpointFolders, lightning_strategy, synchronise_gradients
 from mixerlab.lm.recipe.schema import StrategyConfig
-from mixerlab.lm.run.checkpoint import find_damage, read, read_meta
+from mixerlab.lm.run.checkpoint import CheckpointError, find_damage, read, read_meta
 from mixerlab.lm.run.folder import Run
 from started_runs import DDP, FSDP, assert_same_curves, finish, layout, sharded, start
 from tiny_runs import generate, metric, run_dirs
@@ -31,9 +32,31 @@ def test_two_processes_train_as_one_does(tmp_path, unequal, strategy):
     one, two = run_dirs(tmp_path)
     assert sorted(metric(two, "train/loss")) == list(range(1, 21))
     assert_same_curves(two, one)
-    names = list(read_meta(Run(two).checkpoints.last())["files"])
-    expected = ["state.ckpt"] if strategy == DDP else ["shard-0-of-2.ckpt", "shard-1-of-2.ckpt"]
-    assert names == expected
+    sizes = [size for size, _ in read_meta(Run(two).checkpoints.last())["files"].values()]
+    assert len(sizes) == 2, "each writes a part"
+    assert max(sizes) < 0.7 * sum(sizes)
+    saved = [read(Run(run).checkpoints.last())["state_dict"] for run in (one, two)]
+    assert list(saved[0]) == list(saved[1])
+    for name, value in saved[0].items():
+        torch.testing.assert_close(saved[1][name], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_what_the_mixers_do_is_reported_as_under_one_process(tmp_path, unequal, strategy):
+    few = ["trainer.steps=2", "trainer.val_every=1"]
+    finish(start(*unequal, *few, *layout(1, 2, accumulate=2)))
+    finish(start(*unequal, *few, *strategy, *layout(2, 2)))
+    one, two = (metrics_of(run, "valid_mixers/") for run in run_dirs(tmp_path))
+    assert len(one) == 2 * 2 * 2 * 2, "two validations, layers, quantities, of which mean and spread"
+    assert two == pytest.approx(one, abs=1e-5)
+
+
+def metrics_of(run, prefix):
+    """(step, metric) -> value"""
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"].startswith(prefix)]
+    return {(row["step"], row["metric"]): float(row["value"]) for row in rows}
 
 
 @pytest.mark.slow
@@ -43,7 +66,18 @@ def test_replicated_shards_train_as_one_process_does(tmp_path, unequal):
     finish(start(*unequal, *mixed, *layout(4, 1)))
     one, four = run_dirs(tmp_path)
     assert_same_curves(four, one)
-    assert len(read_meta(Run(four).checkpoints.last())["files"]) == 2, "one of the two copies is written"
+    files = read_meta(Run(four).checkpoints.last())["files"]
+    assert len(files) == 4, "of each shard the two that hold it write a half"
+    assert max(size for size, _ in files.values()) < 0.5 * sum(size for size, _ in files.values())
+    before = read(Run(four).checkpoints.last())["state_dict"]
+    after = read(Run(one).checkpoints.last())["state_dict"]
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-4)
+    # On as many ranks in other groups, and in one.
+    for strategy, ranks in (["strategy=fsdp"], 2), (["strategy=auto"], 1):
+        longer = [f"trainer.steps={20 + 2 // ranks}", f"resume={four}"]
+        finish(start(*unequal, *strategy, *layout(ranks, 4 // ranks), *longer))
+    assert sorted(metric(four, "train/loss")) == list(range(1, 23))
 
 
 @pytest.mark.slow
@@ -80,6 +114,32 @@ def test_what_two_ranks_save_one_and_three_load(tmp_path, unequal):
         shutil.rmtree(cut / "checkpoints" / "step-00000012")
         finish(start(*both, *layout(ranks, batch_size), f"resume={cut}"))
         assert_same_curves(cut, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_a_damaged_file_that_one_rank_finds_leads_all_to_the_checkpoint_before(tmp_path, unequal, strategy):
+    few = [*unequal, *strategy, *layout(2, 2), "trainer.steps=6", "trainer.checkpoint_every=4"]
+    finish(start(*few))
+    (run,) = run_dirs(tmp_path)
+    losses = metric(run, "train/loss")
+    (run / "result.json").unlink()
+    shard = Run(run).checkpoints.at(6) / "shard-1-of-2.ckpt"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    out, err = finish(start(*few, "resume=auto"))
+    assert (
+        err.count("step-00000006 is damaged: the checksum of shard-1-of-2.ckpt is wrong; using the one") == 1
+    )
+    assert f"continuing {run} after step 4" in out
+    assert metric(run, "train/loss") == losses
+    for folder in Run(run).checkpoints.all():
+        shard = folder / "shard-1-of-2.ckpt"
+        shard.write_bytes(shard.read_bytes()[:-1])
+    (run / "result.json").unlink()
+    _, err = finish(start(*few, "resume=auto"), code=2)
+    assert err.count("the run has no other that is whole, so start a new one") == 1
 
 
 @pytest.mark.slow
@@ -153,7 +213,7 @@ def test_one_process_has_gradients_to_bring_together_with_nobody():
     strategy = lightning_strategy(StrategyConfig(), World(), torch.device("cpu"))
     strategy.connect(Wrapped())
     synchronise_gradients(strategy, wanted=False)  # does nothing
-    assert isinstance(strategy.checkpoint_io, CheckpointFolders)
+    assert isinstance(strategy, CheckpointFolders)
 
 
 def test_ddp_waits_for_the_last_micro_batch():
@@ -168,11 +228,109 @@ def test_ddp_waits_for_the_last_micro_batch():
         dist.destroy_process_group()
 
 
-def test_lightning_writes_and_reads_the_folders_of_this_package(tmp_path):
-    io, folder = CheckpointFolders(), tmp_path / "step-00000003"
-    state = {"global_step": 3, "state_dict": {"a": torch.arange(3)}}
-    io.save_checkpoint(state, folder)
+class Trained(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.decoder = torch.nn.Linear(3, 2)
+
+
+@pytest.fixture
+def one():
+    """The strategy of one process with a module and its optimiser, which has done a step."""
+    strategy = lightning_strategy(StrategyConfig(), World(), torch.device("cpu"))
+    module = Trained()
+    strategy.connect(module)
+    strategy._lightning_module = module
+    optimizer = torch.optim.AdamW(module.parameters())
+    strategy.optimizers = [optimizer]
+    module.decoder(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return strategy
+
+
+def state_of(strategy, step=3):
+    return {
+        "global_step": step,
+        "epoch": 0,
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": strategy.lightning_module_state_dict(),
+        "optimizer_states": [strategy.optimizer_state(strategy.optimizers[0])],
+        "lr_schedulers": [],
+    }
+
+
+def load(strategy, folder):
+    """As Lightning does."""
+    saved = strategy.load_checkpoint(folder)
+    strategy.load_model_state_dict(saved)
+    strategy.load_optimizer_state_dict(saved)
+
+
+def test_lightning_writes_and_reads_the_folders_of_this_package(tmp_path, one):
+    folder = tmp_path / "step-00000003"
+    one.save_checkpoint(state_of(one), folder)
     assert find_damage(folder) is None
-    assert torch.equal(io.load_checkpoint(folder)["state_dict"]["a"], torch.arange(3))
-    io.remove_checkpoint(folder)
-    assert not folder.exists()
+    weight = one.lightning_module.decoder.weight
+    moments = one.optimizers[0].state[weight]
+    before, average = weight.detach().clone(), moments["exp_avg"].clone()
+    torch.nn.init.zeros_(weight)
+    moments["exp_avg"].zero_()
+    load(one, folder)
+    assert torch.equal(weight, before)
+    assert torch.equal(one.optimizers[0].state[weight]["exp_avg"], average)
+
+
+def without(tree, *path):
+    *before, last = path
+    for key in before:
+        tree = tree[key]
+    del tree[last]
+
+
+def with_value(value):
+    def put(tree, *path):
+        *before, last = path
+        for key in before:
+            tree = tree[key]
+        tree[last] = value
+
+    return put
+
+
+MOMENT = ("optimizer_states", 0, "state", 0)
+GROUP = ("optimizer_states", 0, "param_groups", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "said"),
+    [
+        (without, ["epoch"], "it has no epoch"),
+        (without, ["optimizer_states"], "it has no optimizer_states"),
+        (with_value({}), ["optimizer_states"], "optimizer_states = {}"),
+        (with_value(3), ["lr_schedulers"], "lr_schedulers = 3"),
+        (without, ["state_dict", "decoder.bias"], 'Missing key(s) in state_dict: "decoder.bias"'),
+        (with_value(torch.zeros(3)), ["state_dict", "x.y"], 'Unexpected key(s) in state_dict: "x.y"'),
+        (with_value(torch.zeros(7)), ["state_dict", "decoder.bias"], "size mismatch for decoder.bias"),
+        (with_value(3), ["optimizer_states", 0], "'int' object"),
+        (without, ["optimizer_states", 0, "state"], "no 'state'"),
+        (without, [*MOMENT, "exp_avg"], "no 'exp_avg'"),
+        (with_value(torch.zeros(7)), [*MOMENT, "exp_avg"], "exp_avg has the shape [7]; expected [2, 3]"),
+        (with_value(3), [*MOMENT, "step"], "'int' object"),
+        (with_value({}), ["optimizer_states", 0, "state", 9], "list index out of range"),
+        (without, [*GROUP, "betas"], "no betas in the optimiser's param_groups"),
+        (without, [*GROUP, "params"], "no 'params'"),
+        (with_value([0]), [*GROUP, "params"], "doesn't match the size"),
+        (without, GROUP, "argument 2 is longer"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_a_line(tmp_path, one, change, path, said):
+    folder, state = tmp_path / "step-00000003", state_of(one)
+    state["state_dict"] = dict(state["state_dict"])
+    change(state, *path)
+    one.save_checkpoint(state, folder)
+    with pytest.raises(CheckpointError) as caught:
+        load(one, folder)
+    assert str(caught.value).startswith(f"checkpoint {folder} does not fit this run: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert one.world.all_raised
