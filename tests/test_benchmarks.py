@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,3 +79,13 @@ def test_without_a_gpu_the_benchmark_says_so_in_one_line(monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "CUDA" in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_what_saving_and_resuming_cost_is_printed():
+    command = [sys.executable, "benchmarks/checkpoints.py", "--gigabytes", "0.02", "--rounds", "1"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    titles = [block.splitlines()[0] for block in out.strip().split("\n\n")]
+    assert [title.partition(" of ")[0] for title in titles[:5]] == ["rates", *["a save", "a resume"] * 2]
+    assert titles[5].startswith("computed from these rates")
+    assert "nan" not in out

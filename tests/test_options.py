@@ -140,6 +140,12 @@ def test_old_names_are_renewed_at_any_depth():
     }
 
 
+def test_text_has_no_nul_which_no_path_can_hold():
+    for bad in ({"name": "a\0b"}, {"files": ["a", "\0"]}):
+        with pytest.raises(ConfigError, match=r"top\..* = .*: expected text without the character NUL"):
+            check_options(Options, bad, "top")
+
+
 def test_problems_that_only_the_whole_shows_are_told_by_their_key():
     report_problems(Inner(), "top.inner")
     with pytest.raises(ConfigError, match=r"^top\.inner\.pair = \(2, 1\): expected a sum of at most 2$"):
@@ -148,14 +154,17 @@ def test_problems_that_only_the_whole_shows_are_told_by_their_key():
     report_problems(object(), "has no problems")
 
 
+TEXT = st.text(st.characters(exclude_characters="\0"))
+
+
 @given(
     st.builds(
         Options,
         count=st.integers(1, 9),
-        name=st.none() | st.text(),
+        name=st.none() | TEXT,
         kind=st.sampled_from(["round", "square", "32"]),
-        files=st.lists(st.text()),
-        budget=st.none() | st.integers(1) | st.floats(1, 1e9) | st.text(),
+        files=st.lists(TEXT),
+        budget=st.none() | st.integers(1) | st.floats(1, 1e9) | TEXT,
         on=st.booleans(),
         inner=st.builds(Inner, rate=st.floats(0, 0.99), pair=st.tuples(st.floats(0, 1), st.floats(0, 1))),
     )

@@ -1,12 +1,26 @@
 """Sealed folders: whole or found out, and never half-replaced."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from mixerlab import sealed
-from mixerlab.sealed import META, damage, publish, put_back, read_meta, seal, write_file, write_meta
+from mixerlab.sealed import (
+    META,
+    NOTED,
+    damage,
+    noted_damage,
+    publish,
+    put_back,
+    read_meta,
+    read_noted,
+    seal,
+    write_file,
+    write_meta,
+    write_noted,
+)
 
 
 class Crash(BaseException):
@@ -196,3 +210,131 @@ def test_putting_back_changes_nothing_where_nothing_was_interrupted(folder):
     assert damage(folder) is None
     put_back(folder.with_name("nowhere"))
     assert not folder.with_name("nowhere").exists()
+
+
+def test_a_noted_file_is_as_it_was_written(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in ("one ü", "two", "two", ""):
+        write_noted(path, text)
+        assert read_noted(path) == text
+    write_noted(tmp_path / "b.txt", "b")
+    assert noted_damage(tmp_path) == []
+    path.write_text("x")
+    with pytest.raises(
+        ValueError, match=r"a\.txt is not what was written there: it is damaged, or was changed by hand"
+    ):
+        read_noted(path)
+    assert len(noted_damage(tmp_path)) == 1
+    write_noted(path, "mended")
+    assert noted_damage(tmp_path) == []
+    path.unlink()
+    assert noted_damage(tmp_path) == [], "a file may have gone"
+
+
+def test_a_file_of_which_nothing_is_noted_is_taken_as_it_is(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    assert read_noted(tmp_path / "a.txt") == "old"
+    write_noted(tmp_path / "b.txt", "b")
+    assert read_noted(tmp_path / "a.txt") == "old"
+
+
+def test_notes_that_are_damaged_are_refused_until_they_are_deleted(tmp_path):
+    path = tmp_path / "a.txt"
+    write_noted(path, "text")
+    for content in (
+        "",
+        "{",
+        '{"files": {"a.txt": 3}}',
+        (tmp_path / NOTED).read_text().replace("a.txt", "b.txt"),
+    ):
+        (tmp_path / NOTED).write_text(content)
+        for use in (lambda: read_noted(path), lambda: write_noted(path, "other")):
+            with pytest.raises(
+                ValueError, match=r"checksums\.json.*; delete that file to have the others taken"
+            ):
+                use()
+        assert path.read_text() == "text"
+    (tmp_path / NOTED).unlink()
+    assert read_noted(path) == "text"
+
+
+def test_a_crash_while_a_noted_file_is_replaced_leaves_one_that_is_known(tmp_path, monkeypatch):
+    path, replace = tmp_path / "a.txt", Path.replace
+    write_noted(path, "0")
+    for n in range(1, 20):  # one crash upon another, at either instant
+        last = read_noted(path)
+        count: list[Path] = []
+
+        def crash(old, new, count=count, instant=n % 3):
+            if len(count) == instant:
+                raise Crash
+            count.append(old)
+            return replace(old, new)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", crash)
+            try:
+                write_noted(path, str(n))
+            except Crash:
+                assert read_noted(path) == last
+            else:
+                assert read_noted(path) == str(n)
+
+
+def test_a_full_disk_leaves_no_half_and_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_file(path, "old")
+
+    def full(self, text, **options):
+        with self.open("w") as file:
+            file.write("h")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_file(path, "new")
+    assert caught.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+def test_a_file_knows_its_checksum_when_it_is_written_and_is_found_out_by_it(tmp_path):
+    folder, content, signs = tmp_path / "made", bytes(range(256)) * 9000, []
+    folder.mkdir()
+    with sealed.Summed(folder / "large", lambda: signs.append(1)) as file:
+        for start in range(0, len(content), 1_500_000):
+            assert file.write(memoryview(content)[start : start + 1_500_000]) > 0
+        known = file.size_and_checksum()
+    assert (folder / "large").read_bytes() == content
+    assert known == (len(content), sealed.xxh3(folder / "large"))
+    assert len(signs) == 4, "one for each MiB that is written, or less"
+    seal(folder, "made", {"large": known})
+    assert damage(folder) is None
+    flip(folder / "large")
+    assert damage(folder) == "the checksum of large is wrong"
+
+
+def test_of_several_files_some_can_be_verified(folder):
+    flip(folder / "b.txt")
+    assert damage(folder, checksums=["a.bin"]) is None
+    assert damage(folder, checksums=["b.txt"]) == "the checksum of b.txt is wrong"
+    assert damage(folder, checksums=[]) is None
+
+
+def test_a_folder_that_another_process_puts_back_while_it_is_replaced_is_replaced_all_the_same(
+    folder, temporary, monkeypatch
+):
+    rename = Path.rename
+    done: list[Path] = []
+
+    def put_back_once(path, target):
+        if path == temporary and not done:
+            done.append(path)
+            put_back(folder)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", put_back_once)
+    publish(temporary, folder)
+    assert done
+    assert (folder / "a.bin").read_bytes() == b"new"
+    assert [p.name for p in folder.parent.iterdir()] == ["made"]

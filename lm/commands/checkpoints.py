@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from mixerlab.lm.commands.arguments import add_checkpoint, add_run, at_least
+from mixerlab.lm.commands.arguments import add_allow_plugins, add_checkpoint, add_run, at_least
 
 EXAMPLES = """
 examples:
@@ -26,15 +26,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--to", choices=["one-file", "sharded"], help="rewrite in place (default: only list)")
     parser.add_argument("--shards", type=at_least(int, 1), default=2, help="default: %(default)s")
     add_checkpoint(parser)
+    add_allow_plugins(parser)
     args = parser.parse_args(arguments)
 
     from mixerlab.lm.run.checkpoint import find_damage, read_meta, reshard
     from mixerlab.lm.run.folder import Run
+    from mixerlab.sealed import noted_damage
 
-    checkpoints = Run.open(args.run).checkpoints
+    run = Run.open(args.run, args.allow_plugins)
+    checkpoints = run.checkpoints
     if args.to is not None:
-        reshard(checkpoints.named(args.checkpoint), args.shards if args.to == "sharded" else None)
+        with run.lock():
+            checkpoints.clear()
+            reshard(checkpoints.named(args.checkpoint), args.shards if args.to == "sharded" else None)
     best, damaged = checkpoints.best(), 0
+    for noted in noted_damage(run.path):
+        print(f"damaged: {noted}")
+        damaged = 1
     for folder in checkpoints.all():
         if (problem := find_damage(folder)) is not None:
             print(f"{folder}: damaged: {problem}")

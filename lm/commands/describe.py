@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mixerlab.lm.commands.arguments import at_least
+from mixerlab.lm.commands.arguments import add_allow_plugins, at_least
 
 EXAMPLES = """
 examples:
@@ -41,15 +41,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--lengths",
         nargs="+",
-        type=at_least(int, 1),
         default=[],
         metavar="T",
         help="default: the recipe's, and 16 times it",
     )
+    add_allow_plugins(parser)
     args = parser.parse_args(arguments)
-    # argparse gives all that follows --mixers to it.
-    overrides = [*args.overrides, *(value for value in args.mixers if "=" in value)]
+    # argparse gives all that follows --mixers or --lengths to it.
+    overrides = [*args.overrides, *(value for value in [*args.mixers, *args.lengths] if "=" in value)]
     mixers = [value for value in args.mixers if "=" not in value]
+    try:
+        lengths = [int(at_least(int, 1)(value)) for value in args.lengths if "=" not in value]
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        parser.error(f"argument --lengths: {error}")
 
     from mixerlab.lm.model.cost import costs
     from mixerlab.lm.model.match import sized
@@ -61,16 +65,16 @@ def main(arguments: Sequence[str]) -> int:
     columns: dict[str, dict[str, str]] = {}
     for mixer in mixers or [""]:
         chosen = [f"model.mixer={mixer}"] if mixer else []
-        recipe = sized(load_recipe(args.recipe, [*overrides, *chosen]))
+        recipe = sized(load_recipe(args.recipe, [*overrides, *chosen], allow_plugins=args.allow_plugins))
         names = ", ".join(choice.name for choice in mixers_of(recipe))
-        columns[mixer or names] = costs(recipe, args.lengths)
+        columns[mixer or names] = costs(recipe, lengths)
     table = Table(title=escape(args.recipe), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for mixer in columns:
         table.add_column(escape(mixer), justify="right")
     for quantity in next(iter(columns.values())):
         table.add_row(quantity, *(column[quantity] for column in columns.values()))
-    console = Console()
+    console = Console(emoji=False)  # ":x:" in a path is no picture
     if not console.is_terminal:
         console.width = 200  # a file has no width to fit into
     console.print(table)

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 
-from mixerlab.lm.commands.arguments import add_checkpoint, add_device, add_run, at_least
+from mixerlab.lm.commands.arguments import add_allow_plugins, add_checkpoint, add_device, add_run, at_least
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,20 +24,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--top-p", type=_share, default=0.95, help="probability mass to sample from (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=at_least(int, 0, 2**63 - 1), default=0, help="default: %(default)s")
     add_checkpoint(parser)
     add_device(parser)
+    add_allow_plugins(parser)
     args = parser.parse_args(arguments)
 
-    from mixerlab.lm.model.generation import stream_texts
     from mixerlab.lm.run.folder import Run
 
-    run = Run.open(args.run)
+    run = Run.open(args.run, args.allow_plugins)
     prompts = args.prompt or [""]
-    pieces = stream_texts(
-        run.decoder(args.checkpoint, args.device),
-        run.tokenizer(),
+    pieces = run.texts(
         prompts,
+        args.checkpoint,
+        args.device,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,

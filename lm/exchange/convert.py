@@ -7,13 +7,15 @@ Letters: V vocabulary.
 """
 
 import shlex
-import tempfile
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -26,6 +28,7 @@ from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.checkpoint import save
 from mixerlab.lm.run.folder import Run
 from mixerlab.options import ConfigError
+from mixerlab.sealed import sync
 
 
 def read_weights(
@@ -183,6 +186,22 @@ def make_recipe(
         raise ConfigError(f"{config.path}: these options do not fit together: {error}") from None
 
 
+@contextmanager
+def _scratch(run: Path) -> Iterator[Path]:
+    """An empty folder to make `run` in, which goes in the end; what a killed conversion to it left goes first."""
+    scratch = run.resolve().with_name(f".convert-{run.resolve().name}")
+    scratch.mkdir(exist_ok=True)
+    try:
+        with FileLock(scratch / ".lock", timeout=0):
+            shutil.rmtree(scratch / "run", ignore_errors=True)
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except Timeout:
+        raise ConfigError(f"--to {run}: another process is converting to that folder") from None
+
+
 def convert(folder: Path, run: Path) -> str:
     """Writes the run folder `run`; returns what to tell the user. Raises ConfigError, before anything is written."""
     if not folder.is_dir():
@@ -216,8 +235,8 @@ def convert(folder: Path, run: Path) -> str:
     }
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".convert-", dir=run.parent) as scratch:
-            whole = Run(Path(scratch) / "run")
+        with _scratch(run) as scratch:
+            whole = Run(scratch / "run")
             whole.checkpoints.folder.mkdir(parents=True)
             whole.save_recipe(recipe)
             whole.save_environment()
@@ -225,6 +244,7 @@ def convert(folder: Path, run: Path) -> str:
                 tokenizer.save(whole.path)
             save(checkpoint, whole.checkpoints.at(0))
             whole.path.rename(run)
+            sync(run.parent)
     except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
         raise ConfigError(f"--to {run}: it cannot be written: {str(error).splitlines()[0]}") from None
 

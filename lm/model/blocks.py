@@ -4,6 +4,7 @@ Letters: B batch, T time, D model width, F hidden width of the MLP.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,17 +64,20 @@ class Block(nn.Module):
 
     mixer: Mixer
 
-    def forward(
-        self, x: Tensor, segment_ids: Tensor | None = None, diagnostics: Diagnostics | None = None
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D). Appends the mixer's diagnostics to `diagnostics` if that is given."""
+    def forward(self, x: Tensor, segment_ids: Tensor | None = None, diagnose: bool = False) -> Any:
+        """(B, T, D) -> (B, T, D); with `diagnose`, that and the mixer's diagnostics.
+
+        They are returned: a list to be filled would be filled in a copy, since FSDP2 makes one of all arguments.
+        """
+        diagnostics: Diagnostics = []
 
         def mix(y: Tensor) -> Tensor:
-            if diagnostics is not None:
+            if diagnose:
                 diagnostics.append(self._diagnose(y, segment_ids))
             return self.mixer(y, segment_ids)
 
-        return self._run(x, mix)
+        x = self._run(x, mix)
+        return (x, diagnostics[0]) if diagnose else x
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """(B, T, D) and the mixer's State -> the same after T more tokens."""

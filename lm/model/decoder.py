@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        diagnostics: Diagnostics | None = None,
+        diagnose: bool = False,
     ) -> Any:
         """Logits, or with labels the loss of each position.
 
@@ -84,20 +84,28 @@ class Decoder(nn.Module):
             input_ids: (B, T) int64.
             labels: (B, T) int64, what each position must predict; -100: nothing.
             segment_ids: (B, T) int64, the document of each position in a packed row.
-            diagnostics: a list that receives each layer's mixer diagnostics.
+            diagnose: return each layer's mixer diagnostics too.
 
         Returns:
             Without labels, logits (B, T, V). With labels, `nll` (B, T) float32 in nats, 0 where there is no
             label, and `correct` (B, T) bool, whether the likeliest token is the label; then the logits of
-            all positions never exist together in float32.
+            all positions never exist together in float32. With `diagnose`, a pair of that and Diagnostics.
         """
+        diagnostics: Diagnostics = []
         x = self.dropout(self.embedding(input_ids))  # (B, T, D)
         for block in self.layers:
-            x = block(x, segment_ids, diagnostics)
+            x = block(x, segment_ids, diagnose)
+            if diagnose:
+                x, values = x
+                diagnostics.append(values)
         x = self.norm(x)
-        if labels is None:
-            return F.linear(x, self._head_weight())  # (B, T, V)
-        return token_losses(x, self._head_weight(), labels)
+        # (B, T, V), or the losses
+        result = (
+            F.linear(x, self._head_weight())
+            if labels is None
+            else token_losses(x, self._head_weight(), labels)
+        )
+        return (result, diagnostics) if diagnose else result
 
     @property
     def layers(self) -> list[Block]:

@@ -1,6 +1,7 @@
 """From plain mappings to a Recipe that can be run, or an error that names the key."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mixerlab.data import DATA
@@ -36,6 +37,44 @@ def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
                 f"data.pack = true: mixer {name!r} cannot keep packed documents apart; set data.pack=false"
             )
     return recipe
+
+
+def for_devices(recipe: Recipe, devices: int) -> Recipe:
+    """The recipe with the `trainer.accumulate` that its rows a step ask for on so many devices. Raises ConfigError."""
+    trainer = recipe.trainer
+    rows, each = trainer.rows_per_step, trainer.batch_size * devices
+    if rows is None:
+        return recipe
+    if rows % each:
+        fitting = (
+            f"a trainer.batch_size that divides {rows // devices}"
+            if rows % devices == 0
+            else f"a number of devices that divides {rows // trainer.batch_size}"
+        )
+        raise ConfigError(
+            f"trainer.rows_per_step = {rows}: trainer.batch_size = {trainer.batch_size} x {devices} devices do not "
+            f"divide it; expected {fitting}, or {_around(rows, each)} rows"
+        )
+    if trainer.accumulate not in (1, rows // each):
+        raise ConfigError(
+            f"trainer.accumulate = {trainer.accumulate}: trainer.rows_per_step = {rows} is {rows // each} x "
+            f"trainer.batch_size = {trainer.batch_size} x {devices} devices; expected {rows // each}, or only one of "
+            "them"
+        )
+    return replace(recipe, trainer=replace(trainer, accumulate=rows // each))
+
+
+def for_any_devices(recipe: Recipe) -> Recipe:
+    """What `for_devices` was given: `trainer.accumulate` follows from the rows a step again, if they are given."""
+    if recipe.trainer.rows_per_step is None:
+        return recipe
+    return replace(recipe, trainer=replace(recipe.trainer, accumulate=1))
+
+
+def _around(rows: int, each: int) -> str:
+    """The multiples of `each` next to `rows`, in words."""
+    below = rows // each * each
+    return " or ".join(str(n) for n in (below, below + each) if n)
 
 
 def mixers_of(recipe: Recipe) -> list[Choice]:

@@ -33,7 +33,7 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalisation")
     tie_embeddings: bool = option(True, "use the embedding matrix as the head")
     dropout: float = option(0.0, "dropout on the embedding and every residual addition", min=0, below=1)
-    init_std: float = option(0.02, "standard deviation of the initial weights", above=0)
+    init_std: float = option(0.02, "standard deviation of the initial weights", above=0, below=10**6)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if isinstance(self.match_params, str) and not _BUDGET.fullmatch(self.match_params):
@@ -62,10 +62,12 @@ _BUDGET = re.compile(r"(?=.*[1-9])\s*(\d*\.?\d+)\s*([kmb]?)\s*", re.IGNORECASE)
 
 @dataclass
 class OptimConfig:
-    lr: float = option(1e-3, "peak learning rate of AdamW", above=0)
+    lr: float = option(1e-3, "peak learning rate of AdamW", above=0, below=10**6)
     betas: tuple[float, float] = option((0.9, 0.95), "decay of AdamW's two averages")
-    eps: float = option(1e-8, "AdamW's epsilon", above=0)
-    weight_decay: float = option(0.1, "decoupled weight decay; norms, biases and gains are spared", min=0)
+    eps: float = option(1e-8, "AdamW's epsilon", above=0, below=10**6)
+    weight_decay: float = option(
+        0.1, "decoupled weight decay; norms, biases and gains are spared", min=0, max=10**6
+    )
     schedule: Literal["cosine", "wsd", "constant"] = option(
         "cosine", "learning rate after warm-up: cosine, warm-up-stable-decay, or constant"
     )
@@ -94,7 +96,15 @@ class TrainerConfig:
         None, "input positions to train on, over all devices (1e9 is allowed)", above=0, below=1e18
     )
     batch_size: int = option(16, "rows per device and micro-batch", min=1)
-    accumulate: int = option(1, "micro-batches per optimiser step", min=1)
+    accumulate: int = option(
+        1, "micro-batches per optimiser step; with trainer.rows_per_step left at 1, it follows", min=1
+    )
+    rows_per_step: int | None = option(
+        None,
+        "rows of an optimiser step over all devices, from which trainer.accumulate follows, so that a run goes on on "
+        "another number of devices; null: batch_size x accumulate x devices",
+        min=1,
+    )
     precision: Literal["32", "bf16-mixed", "bf16-true"] = option(
         "32", "float32; bf16 arithmetic on float32 weights; or bf16 weights (norms and gains float32)"
     )
@@ -102,6 +112,11 @@ class TrainerConfig:
     val_batches: int | None = option(None, "validation batches per loader; null: the whole split", min=1)
     checkpoint_every: int = option(500, "steps between checkpoints (one more at the end)", min=1)
     keep_checkpoints: int = option(2, "newest checkpoints to keep, besides the best one", min=1)
+    async_checkpoint: bool = option(
+        True,
+        "write checkpoints while training goes on, from a copy in the CPU's memory; each rank copies its part of the "
+        "weights and the optimiser state",
+    )
     max_time: str | None = option(
         None,
         "wall-clock limit such as 11h30m or 90s: then a checkpoint is written and the run ends, to be continued with "
@@ -119,6 +134,8 @@ class TrainerConfig:
             yield wrong, "expected exactly one of trainer.steps, trainer.epochs, trainer.tokens"
         if self.max_time is not None and not self.max_seconds():
             yield "max_time", "expected hours, minutes and seconds, such as 11h30m, 45m or 90s"
+        if self.rows_per_step is not None and self.rows_per_step % self.batch_size:
+            yield "rows_per_step", f"expected a multiple of trainer.batch_size, which is {self.batch_size}"
 
     def max_seconds(self) -> float:
         """`max_time` in seconds; infinite without one, 0 where it cannot be read."""
@@ -129,8 +146,8 @@ class TrainerConfig:
             return 0.0
         return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
 
-    def rows_per_step(self, devices: int) -> int:
-        """Rows of an optimiser step, over all devices and micro-batches."""
+    def step_rows(self, devices: int) -> int:
+        """Rows of an optimiser step, over all devices and micro-batches, once `accumulate` is known (`for_devices`)."""
         return self.batch_size * self.accumulate * devices
 
 
@@ -174,7 +191,10 @@ class StrategyConfig:
         "time, whose outputs are kept",
     )
     timeout: float = option(
-        1800.0, "seconds without progress after which a run of several processes is ended", above=0
+        1800.0,
+        "seconds without progress after which a run of several processes is ended",
+        above=0,
+        below=10**9,
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -1,10 +1,10 @@
-"""Checkpoints: sealed folders with one file, or a file per shard of fsdp.
+"""Checkpoints: sealed folders with one file, or a file of each rank that wrote them.
 
     checkpoints/step-00000250/
         meta.json             step, validation loss, recipe; size and checksum of each file below
         state.ckpt            everything, or
-        shard-0-of-2.ckpt     everything, but of each sharded tensor some rows only
-        shard-1-of-2.ckpt     the other rows
+        shard-0-of-2.ckpt     everything, but of weights and optimiser state a part only (lm/run/shards.py)
+        shard-1-of-2.ckpt     the other part
 
 Files hold plain tensors, numbers, texts, lists and dicts, and are read with torch.load(weights_only=True).
 """
@@ -12,24 +12,31 @@ Files hold plain tensors, numbers, texts, lists and dicts, and are read with tor
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.serialization import config as serialization
 
 from mixerlab import sealed
-from mixerlab.lm.run.shards import cut, is_cut, joined, own_rows, shard_of
-from mixerlab.options import ConfigError, first_line, with_new_names
+from mixerlab.lm.run.shards import Pieces, cut, is_cut, joined
+from mixerlab.lm.run.writer import NOTED, STATE, CheckpointError, Gather, Writer, alone, publish, shard_name
+from mixerlab.options import first_line, with_new_names
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "find_damage",
+    "note_validation",
+    "read",
+    "read_meta",
+    "reshard",
+    "save",
+]
 
 logger = logging.getLogger("mixerlab")
-
-Gather = Callable[[Any], list[Any]]
-"""A value of this rank -> those of all ranks, on every rank."""
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be written or read; the message is for the user."""
 
 
 class Checkpoints:
@@ -48,18 +55,23 @@ class Checkpoints:
             (p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)), key=step_of
         )
 
-    def last(self) -> Path | None:
+    def last(self, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> Path | None:
         """The newest undamaged checkpoint; damaged newer ones are reported. None if there never was one.
 
-        Raises CheckpointError if all that there are are damaged.
+        Every rank calls this and verifies its share of the files; what one finds holds for all. Raises
+        CheckpointError if all that there are are damaged.
         """
-        self.put_back()
-        damaged = []
-        for folder in reversed(self.all()):
-            if (problem := find_damage(folder)) is None:
+        if rank == 0:
+            self.put_back()
+        damaged: list[str] = []
+        for name in gather([folder.name for folder in reversed(self.all())])[0]:
+            folder = self.folder / name
+            problem = next(filter(None, gather(find_damage(folder, rank, ranks))), None)
+            if problem is None:
+                for said in damaged:
+                    logger.warning("%s; using the one before", said)
                 return folder
             damaged.append(f"checkpoint {folder} is damaged: {problem}")
-            logger.warning("%s; using the one before", damaged[-1])
         if damaged:
             raise CheckpointError(f"{damaged[0]}; the run has no other that is whole, so start a new one")
         return None
@@ -67,7 +79,10 @@ class Checkpoints:
     def put_back(self) -> None:
         """Gives its name back to a checkpoint in whose replacement the process was killed."""
         for old in self.folder.glob("step-*.old"):
-            sealed.put_back(old.with_suffix(""))
+            try:
+                sealed.put_back(old.with_suffix(""))
+            except OSError as error:  # in a folder that can only be read
+                logger.warning("%s cannot get its name back: %s", old, error)
 
     def best(self) -> Path | None:
         """The checkpoint with the smallest validation loss, or None."""
@@ -83,6 +98,7 @@ class Checkpoints:
 
     def named(self, name: str) -> Path:
         """The checkpoint "last", "best", or of a step's number. Raises CheckpointError."""
+        self.put_back()
         found = {"last": self.last, "best": self.best}
         folder = found[name]() if name in found else self.at(int(name)) if name.isdecimal() else None
         if folder is None or not folder.is_dir():
@@ -109,7 +125,12 @@ class Checkpoints:
         for folder in self.all():
             if folder not in kept:
                 folder.rename(folder.with_name(folder.name + ".doomed"))  # never a half of one under its name
-        for remains in (".doomed", ".tmp"):
+        self.clear()
+
+    def clear(self) -> None:
+        """Deletes what killed processes have left behind; not while one writes."""
+        self.put_back()
+        for remains in (".doomed", ".tmp", ".old"):
             for folder in self.folder.glob(f"step-*{remains}"):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -125,9 +146,35 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = sealed.read_meta(folder)
     except ValueError as error:
         raise CheckpointError(f"checkpoint {folder}: {error}") from None
+    if problem := _odd(meta):
+        raise CheckpointError(f"checkpoint {folder}: {sealed.META} is not what training writes: {problem}")
     if meta.get("recipe") is not None:
         meta["recipe"] = with_new_names(meta["recipe"])
     return meta
+
+
+def _odd(meta: dict[str, Any]) -> str | None:
+    """What of a meta.json whose checksum is right is not as it should be."""
+    kinds: dict[str, Any] = {
+        "global_step": int,
+        "rows_per_step": int,
+        "row_order": int,
+        "valid_loss": (int, float),
+        "metrics": dict,
+        "recipe": dict,
+    }
+    for key, kind in kinds.items():
+        value = meta.get(key)
+        if (value is not None or key == "global_step") and not isinstance(value, kind):
+            return f"{key} = {value!r}"
+    names = set(meta["files"])
+    if names not in ({STATE}, {shard_name(n, len(names)) for n in range(len(names))}):
+        return f"it names the files {', '.join(sorted(names))}"
+    return None
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
 
 def note_validation(folder: Path, valid_loss: float | None, metrics: dict[str, float]) -> None:
@@ -135,9 +182,18 @@ def note_validation(folder: Path, valid_loss: float | None, metrics: dict[str, f
     sealed.write_meta(folder, {**read_meta(folder), "valid_loss": valid_loss, "metrics": metrics})
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads every byte of it."""
-    problem = sealed.damage(folder)
+def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads every byte of it; several ranks share the files out.
+
+    Of as many files as ranks each reads the one that it goes on with.
+    """
+    problem = sealed.damage(folder, checksums=False)
+    if problem is None:
+        try:
+            names = _in_order(read_meta(folder)["files"])
+        except CheckpointError as error:
+            return str(error)
+        problem = sealed.damage(folder, checksums=names[rank::ranks])
     if problem is None:
         return None
     # A wrong shard may be a whole one of another step, put there by hand or by a copy that was interrupted.
@@ -153,120 +209,86 @@ def find_damage(folder: Path) -> str | None:
     return problem
 
 
-NOTED = ("valid_loss", "metrics")
-"""What a validation after the checkpoint was written may add, in meta.json alone."""
-
-
-def alone(value: Any) -> list[Any]:
-    """`Gather` of a single process."""
-    return [value]
-
-
-def save(state: dict[str, Any], folder: str | Path, rank: int = 0, gather: Gather = alone) -> None:
-    """Writes a checkpoint that appears under its name only when it is whole. Every rank calls this.
-
-    Args:
-        state: nested dicts and lists; `global_step` must be among them, `valid_loss`, `recipe` and `rows_per_step`
-            may. Where it holds sharded tensors each rank writes its own rows; else rank 0 alone writes.
-        folder: the checkpoint's folder, as from `Checkpoints.at`.
-        rank: of this process.
-        gather: brings the ranks together.
-
-    Raises:
-        CheckpointError: it cannot be written, on whichever rank; earlier checkpoints are as they were.
-    """
-    shard = shard_of(state)
-    files = {}
-    if shard is not None:
-        number, shards, copy = shard
-        if copy == 0:
-            files[f"shard-{number}-of-{shards}.ckpt"] = own_rows(state, first=number == 0)
-    elif rank == 0:
-        files["state.ckpt"] = state
-    _publish(Path(folder), files, rank, gather)
-
-
-def _publish(folder: Path, files: dict[str, dict[str, Any]], rank: int = 0, gather: Gather = alone) -> None:
-    """Makes `folder` hold the files of all ranks: written to the disk under another name first, then renamed."""
-    temporary = folder.with_name(folder.name + ".tmp")
-
-    def make_room() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-        temporary.mkdir(parents=True)
-
-    def write() -> dict[str, tuple[int, int]]:
-        for name, state in files.items():
-            torch.save(state, temporary / name)
-        return {name: sealed.size_and_checksum(temporary / name) for name in files}
-
-    def finish() -> None:
-        head = next(tree for name, tree in files.items() if name.startswith(("state", "shard-0-")))
-        notes = {key: head.get(key) for key in ("global_step", *NOTED, "rows_per_step", "recipe")}
-        sizes = {name: size for part in written for name, size in part.items()}
-        sealed.seal(temporary, folder.name, sizes, **notes)
-        sealed.publish(temporary, folder)
-
-    _together(gather, folder, make_room if rank == 0 else None)
-    written = _together(gather, folder, write)
-    _together(gather, folder, finish if rank == 0 else None)
-
-
-def _together(gather: Gather, folder: Path, work: Callable[[], Any] | None) -> list[Any]:
-    """Every rank does its part; where one fails, all raise the same error, so that none waits for it in vain."""
-    result, problem = None, None
-    if work is not None:
-        try:
-            result = work()
-        except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
-            problem = first_line(error)
-    outcomes = gather((result, problem))
-    for rank, (_, problem) in enumerate(outcomes):
-        if problem:
-            who = f" by rank {rank}" if len(outcomes) > 1 else ""
-            shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)
-            raise CheckpointError(
-                f"checkpoint {folder} cannot be written{who}: {problem}{_free_space(folder)}. Earlier checkpoints are "
-                "whole: make room, then continue with resume=auto"
-            )
-    return [result for result, _ in outcomes]
-
-
-def _free_space(folder: Path) -> str:
-    existing = next((path for path in folder.parents if path.exists()), None)
-    return f" ({shutil.disk_usage(existing).free / 1e9:.2f} GB are free there)" if existing else ""
+def save(
+    state: dict[str, Any], folder: str | Path, rank: int = 0, ranks: int = 1, gather: Gather = alone
+) -> None:
+    """Writes a checkpoint; returns when it is there. See `Writer.save`."""
+    Writer(rank, ranks, gather).save(state, folder)
 
 
 def read(folder: str | Path, whole: bool = True) -> dict[str, Any]:
     """The state that `save` was given, from the files of any number of ranks, on the CPU.
 
+    Its tensors are views of the files where one file has all of a tensor.
+
     Args:
         folder: the checkpoint; whether it is damaged is asked elsewhere (`find_damage`).
-        whole: join sharded tensors; else they are `Pieces`, of which any rows can be read.
+        whole: join divided tensors; else they are `Pieces`, of which any rows can be read, and a file is opened when
+            the first of its rows are.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not of the structure that `save` writes.
     """
     folder = Path(folder)
     meta = read_meta(folder)
-    numbered = sorted(meta["files"], key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+    files = _Files([folder / name for name in _in_order(meta["files"])])
+    head = files[0]
     try:
-        trees = [_load(folder / name) for name in numbered]
-    except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
-        raise CheckpointError(
-            f"checkpoint {folder} cannot be read, it must be damaged: {first_line(error)}"
-        ) from error
-    state = joined(trees, whole) if len(trees) > 1 or is_cut(trees[0]) else trees[0]
+        state = joined(files, whole) if len(files) > 1 or is_cut(head) else head
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+        if state.get("global_step") != meta["global_step"]:
+            raise ValueError(f"global_step = {state.get('global_step')!r} in the files")
+        weights = state.get("state_dict")
+        if not isinstance(weights, dict) or not all(map(_is_weight, weights.items())):
+            raise TypeError("its state_dict does not map names to tensors")
+    except CheckpointError:
+        raise
+    except Exception as error:  # the files may hold anything
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise CheckpointError(f"checkpoint {folder} is not what training writes: {reason}") from None
     return {**state, **{key: meta[key] for key in NOTED if meta.get(key) is not None}}
 
 
-def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], (Tensor, Pieces))
 
 
-def reshard(folder: Path, shards: int | None) -> None:
-    """Rewrites a checkpoint in place as `shards` files, or as one (None), optimiser state included.
+class _Files(Sequence[Any]):
+    """The trees of a checkpoint's files, each opened when it is first asked for."""
+
+    def __init__(self, paths: list[Path]):
+        self._paths = paths
+        self._trees: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: Any) -> Any:
+        if number not in self._trees:
+            path = self._paths[number]
+            try:
+                self._trees[number] = _load(path)
+            except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
+                raise CheckpointError(
+                    f"checkpoint {path.parent} cannot be read, it must be damaged: {first_line(error)}"
+                ) from error
+        return self._trees[number]
+
+
+def _load(path: Path) -> Any:
+    # Where the tensors lie is computed: their headers, all over the file, need not be read.
+    with serialization.patch({"load.calculate_storage_offsets": True}):  # type: ignore[attr-defined]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def reshard(folder: Path, files: int | None) -> None:
+    """Rewrites a checkpoint in place as so many files, or as one (None), optimiser state included.
 
     Raises CheckpointError if it cannot be read or written; then it is as it was.
     """
     state = read(folder)
-    if shards is None:
-        _publish(folder, {"state.ckpt": state})
+    if files is None:
+        publish(folder, {STATE: state})
     else:
-        _publish(folder, {f"shard-{n}-of-{shards}.ckpt": cut(state, n, shards) for n in range(shards)})
+        publish(folder, {shard_name(n, files): cut(state, n, files) for n in range(files)})

@@ -7,6 +7,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -15,10 +17,11 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from mixerlab.data import TextTokenizer
 from mixerlab.lm.model.generation import stream_texts
-from mixerlab.lm.parallel.hang_watch import HangWatch
+from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.recipe.schema import TrainerConfig
 from mixerlab.lm.run.checkpoint import note_validation, read_meta
 from mixerlab.lm.run.folder import Run
+from mixerlab.lm.run.writer import CheckpointError, Writer
 from mixerlab.lm.training.loggers import TensorBoard
 from mixerlab.lm.training.module import Batch, LanguageModel
 
@@ -104,25 +107,44 @@ class SampleText(Callback):
 class Checkpoints(Checkpoint):
     """Writes checkpoints every so many steps, at the last one, and where a validation is the best so far.
 
-    After the validation of a step if there is one: written before it, a checkpoint would not know what the validation
-    found. Keeps the newest few and the best.
+    After the validation of a step if there is one, but before that of the last, which may be long: what it finds is
+    noted in the checkpoint. Keeps the newest few and the best.
     """
 
-    def __init__(self, run: Run, trainer: TrainerConfig, hang_watch: HangWatch):
-        self.checkpoints, self.config, self.hang_watch = run.checkpoints, trainer, hang_watch
+    def __init__(self, run: Run, trainer: TrainerConfig, world: World):
+        self.checkpoints, self.config, self.world = run.checkpoints, trainer, world
+        self.writer = Writer(
+            world.rank,
+            world.size,
+            world.channel("checkpoints").gather,
+            background=trainer.async_checkpoint,
+            after=self._prune,
+            report=world.is_at,
+        )
         self.best = math.inf
         self._saved = 0
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        # Before a validation that is made up for, which comes when training starts.
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that a checkpoint could not be written; `wait` raises it."""
+        return self.writer.failed
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises CheckpointError, on all ranks, where a write has failed."""
+        self.world.moved("waiting for a checkpoint to be written")
+        with self._raised_by_all():
+            self.writer.wait()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Before a validation that is made up for, which comes when training starts, or alone.
         self._saved = trainer.global_step
         if (best := self.checkpoints.best()) is not None:
             self.best = read_meta(best)["valid_loss"]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *args: Any) -> None:
         step = trainer.global_step
-        validates = step % self.config.val_every == 0 or step >= trainer.max_steps
-        if step % self.config.checkpoint_every == 0 and not validates:
+        due = step % self.config.checkpoint_every == 0 and step % self.config.val_every != 0
+        if due or step >= trainer.max_steps:
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
@@ -130,23 +152,53 @@ class Checkpoints(Checkpoint):
         is_best = loss is not None and loss < self.best
         if loss is not None and is_best:
             self.best = loss
-        folder = self.checkpoints.at(step)
-        if folder.exists() and self._saved == step:  # the run went on from there
-            if trainer.is_global_zero:
-                note_validation(folder, loss, pl_module.valid_rates)
-        elif is_best or step % self.config.checkpoint_every == 0 or step >= trainer.max_steps:
+        if self._saved == step:  # the last, or the one that the run went on from
+            self.wait()
+            self.world.ask_main(lambda: self._note(step, loss, pl_module.valid_rates))
+        elif is_best or step % self.config.checkpoint_every == 0:
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Writes the checkpoint of the step that is done, unless it is the one that the run went on from."""
+        """Writes the checkpoint of the step that is done, unless it is the one that the run went on from.
+
+        It may not be there yet when this returns: see `wait`, and `async_checkpoint`.
+        """
         step = trainer.global_step
         if step == self._saved:
             return
+        self.wait()
         self._saved = step
-        self.hang_watch.moved(f"writing the checkpoint of step {step}")
-        trainer.save_checkpoint(self.checkpoints.at(step))
-        if trainer.is_global_zero:
-            self.checkpoints.prune(self.config.keep_checkpoints)
+        self.world.moved(f"writing the checkpoint of step {step}")
+        with self._raised_by_all():
+            trainer.save_checkpoint(self.checkpoints.at(step), storage_options=self.writer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.wait()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self.writer.let_finish()
+
+    @contextmanager
+    def _raised_by_all(self) -> Iterator[None]:
+        """Lets rank 0 alone say what a writer raises on all ranks."""
+        try:
+            yield
+        except CheckpointError:
+            self.world.all_raised = True
+            raise
+
+    def _note(self, step: int, loss: float | None, rates: dict[str, float]) -> None:
+        folder = self.checkpoints.at(step)
+        try:
+            note_validation(folder, loss, rates)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: its validation cannot be noted: {error.strerror}") from None
+        self._prune()
+
+    def _prune(self) -> None:
+        self.checkpoints.prune(self.config.keep_checkpoints)
 
 
 class PendingValidation(Callback):
@@ -174,20 +226,20 @@ class StopAtTheEnd(Callback):
 class SignsOfLife(Callback):
     """Tells the hang watch that this rank moves, and what it does."""
 
-    def __init__(self, hang_watch: HangWatch):
-        self.hang_watch = hang_watch
+    def __init__(self, world: World):
+        self.world = world
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self.hang_watch.moved(f"in step {trainer.global_step + 1}")
+        self.world.moved(f"in step {trainer.global_step + 1}")
 
     def on_before_backward(self, trainer: L.Trainer, *args: Any) -> None:
-        self.hang_watch.moved(f"in the backward pass of step {trainer.global_step + 1}")
+        self.world.moved(f"in the backward pass of step {trainer.global_step + 1}")
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self.hang_watch.moved(f"after step {trainer.global_step}, reading the next batch")
+        self.world.moved(f"after step {trainer.global_step}, reading the next batch")
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self.hang_watch.moved(f"validating after step {trainer.global_step}")
+        self.world.moved(f"validating after step {trainer.global_step}")
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self.hang_watch.moved(f"validating after step {trainer.global_step}")
+        self.world.moved(f"validating after step {trainer.global_step}")

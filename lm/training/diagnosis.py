@@ -149,9 +149,8 @@ def memory_advice(recipe: Recipe, step: int, error: BaseException) -> str:
     changes = []
     if rows > 1:
         half = rows // 2 if rows % 2 == 0 else 1
-        changes.append(
-            f"trainer.batch_size={half} trainer.accumulate={accumulate * rows // half} (the same result)"
-        )
+        more = "" if trainer.rows_per_step else f" trainer.accumulate={accumulate * rows // half}"
+        changes.append(f"trainer.batch_size={half}{more} (the same result)")
     if strategy.activation_checkpointing == "none":
         changes.append("strategy.activation_checkpointing=selective, then full")
     elif strategy.activation_checkpointing == "selective":

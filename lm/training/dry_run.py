@@ -13,8 +13,9 @@ from rich.table import Table
 from mixerlab.data import build_data
 from mixerlab.lm.model.cost import si, size
 from mixerlab.lm.model.precision import to_bf16
-from mixerlab.lm.parallel.processes import device_kind, local_devices
+from mixerlab.lm.parallel.launch import device_kind, local_devices
 from mixerlab.lm.parallel.sharding import make_decoder
+from mixerlab.lm.recipe.check import for_devices
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.folder import new_path
 from mixerlab.lm.training.optim import build_optimizer
@@ -22,6 +23,9 @@ from mixerlab.lm.training.optim import build_optimizer
 
 def dry_run(recipe: Recipe, console: Console, arguments: Sequence[str]) -> None:
     """Prints parameters by group, FLOPs per token, memory and the run folder. Touches no data, writes nothing."""
+    wanted = recipe.strategy.devices
+    each = local_devices(recipe.strategy) if wanted == "auto" else wanted
+    recipe = for_devices(recipe, each * recipe.strategy.num_nodes)
     device, batch = "cpu", recipe.trainer.batch_size
     if recipe.strategy.accelerator == "gpu" and not torch.cuda.is_available():
         console.print("no GPU here: one row, uncompiled, on the CPU instead", highlight=False)
@@ -93,7 +97,8 @@ def launch_lines(recipe: Recipe, arguments: Sequence[str]) -> dict[str, str]:
     return {
         "start it on every machine with": f"torchrun --nnodes {nodes} --nproc-per-node {per_node} "
         f"--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 -m {line}",
-        "or under SLURM with": f"srun --nodes {nodes} --ntasks-per-node {tasks} --gpus-per-node {tasks} {line}",
+        "or under SLURM with": f"srun --kill-on-bad-exit=1 --nodes {nodes} --ntasks-per-node {tasks} "
+        f"--gpus-per-node {tasks} {line}",
     }
 
 

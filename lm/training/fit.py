@@ -26,15 +26,17 @@ from mixerlab.data import DataError, DataModule, build_data
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.model.match import sized
 from mixerlab.lm.model.precision import precision_plugin
-from mixerlab.lm.parallel.hang_watch import HangWatch
-from mixerlab.lm.parallel.processes import World, device_kind, local_devices
+from mixerlab.lm.parallel.launch import device_kind, local_devices
+from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.sharding import keep_freed_memory, make_decoder, make_mesh
 from mixerlab.lm.parallel.strategies import lightning_strategy
+from mixerlab.lm.recipe.check import for_devices
 from mixerlab.lm.recipe.load import Overrides, load_recipe, to_yaml
 from mixerlab.lm.recipe.schema import Recipe
+from mixerlab.lm.run.checkpoint import CheckpointError
 from mixerlab.lm.run.folder import Run
 from mixerlab.lm.run.start import Start
-from mixerlab.lm.training.batches import Loaders
+from mixerlab.lm.training.batches import ROW_ORDER, Loaders
 from mixerlab.lm.training.callbacks import (
     Checkpoints,
     Metrics,
@@ -103,21 +105,46 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
     quiet_libraries()
     deadline = time.monotonic() + recipe.trainer.max_seconds()
     device = _device(recipe, world)
-    start = world.ask_main(lambda: Start.find(recipe))
+    world.ask_main(lambda: for_devices(recipe, world.size).trainer.accumulate)  # said once if it cannot be
+    recipe = for_devices(recipe, world.size)
+    world.moved("looking for the run to continue")
+    if earlier := world.ask_main(lambda: _earlier_run(world)):
+        recipe = replace(recipe, resume=earlier)
+    start = Start.from_plain(world.ask_main(lambda: Start.find_run(recipe).plain()))
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     if start.run is None and recipe.resume == "auto":
-        console.print(
-            f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one",
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one")
+        if start.passed_over:
+            say(start.passed_over)
+    if start.run is not None and start.run.is_finished and (earlier or recipe.resume == "auto"):
+        say("this run is finished; to train it further raise its horizon, to repeat it leave out resume=auto")
+        report(start.run, "", console)
+        return start.run
+    if start.run is not None:
+        world.moved("verifying the checkpoint")
+        try:
+            last = start.run.checkpoints.last(world.rank, world.size, world.gather)
+        except CheckpointError:
+            world.all_raised = True
+            raise
+        start = Start.from_plain(world.ask_main(lambda: start.at(last, recipe).plain()))
     data = build_data(recipe.data, recipe.seed)
-    world.ask_main(lambda: _prepare(data))
+    data.report = world.is_at
+    world.moved("preparing the data")
+    data.prepared = world.ask_main(lambda: _prepare(data))
     if world.rank and world.local_rank == 0:
         data.prepare()  # on this machine, unless the cache's folder is shared
-    world.wait_for_all()
+    world.gather(None)
+    world.moved("connecting")
     world.connect(device, recipe.strategy)
     if world.rank:
         data.setup()
+    others = [rank for rank, found in enumerate(world.gather(data.fingerprint)) if found != data.prepared]
+    if others:
+        world.all_raised = True
+        raise DataError(
+            f"data: rank {others[0]} found other data than rank 0; expected the same documents on all machines"
+        )
     steps = count_steps(recipe, len(data.train_dataset()), data.seq_len, world.size)
     if world.ask_main(lambda: start.finish(steps)):
         assert start.run is not None
@@ -125,15 +152,21 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
         return start.run
     # Made before anything is written: it may fail, and the run that goes on stays as it was.
     decoder = make_decoder(recipe, data.vocab_size, make_mesh(recipe.strategy, world, device.type))
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    run = world.ask_main(lambda: start.open(recipe, data, steps, world.size, say))
-    lock = run.lock() if world.rank == 0 else None
+    run = Run(world.ask_main(lambda: str(start.open(recipe, data, steps, world.size, say).path)))
+    if world.rank == 0:
+        world.note_run(str(run.path.resolve()))
     try:
         _fit(Training(recipe, run, start, steps, data, world, device, decoder, console, deadline))
     finally:
-        if lock is not None:
-            lock.release()
+        if world.rank == 0:
+            run.release()
     return run
+
+
+def _earlier_run(world: World) -> str | None:
+    """The run folder that torchrun's last attempt trained, if there is something in it to go on with."""
+    path = world.earlier_run
+    return path if path is not None and Run(path).checkpoints.all() else None
 
 
 def _device(recipe: Recipe, world: World) -> torch.device:
@@ -154,19 +187,20 @@ def _device(recipe: Recipe, world: World) -> torch.device:
     return device
 
 
-def _prepare(data: DataModule) -> None:
-    """All that can go wrong with the data, on one rank, so that it is said once."""
+def _prepare(data: DataModule) -> str:
+    """All that can go wrong with the data, on one rank, so that it is said once; returns their fingerprint."""
     data.prepare()
     data.setup()
     for name, rows in {"the training split": data.train_dataset(), **data.val_datasets()}.items():
         if not len(rows):
             raise DataError(f"data: {name} has no rows; expected at least one")
+    return data.fingerprint
 
 
 def count_steps(recipe: Recipe, n_rows: int, seq_len: int, n_devices: int = 1) -> int:
     """Optimiser steps of the run: the recipe's steps, epochs or tokens, rounded up."""
     trainer = recipe.trainer
-    rows = trainer.rows_per_step(n_devices)
+    rows = trainer.step_rows(n_devices)
     if trainer.steps is not None:
         return trainer.steps
     if trainer.epochs is not None:
@@ -181,7 +215,7 @@ def _fit(t: Training) -> None:
     token_bytes = None if data.token_bytes is None else data.token_bytes.to(t.device)
     names = tuple(data.val_datasets())
     module = LanguageModel(recipe, decoder, t.steps, token_bytes, names, world, t.run)
-    checkpoints = Checkpoints(t.run, recipe.trainer, HangWatch(world, recipe.strategy.timeout))
+    checkpoints = Checkpoints(t.run, recipe.trainer, world)
     interruptions = Interruptions(checkpoints, world, t.deadline)
     callbacks = _callbacks(t, decoder, checkpoints, interruptions)
     loggers: list[Logger] = []
@@ -209,12 +243,18 @@ def _fit(t: Training) -> None:
     )
     _count_from(trainer, t.start.step)
     _announce(t, decoder, module, loggers)
-    loaders = Loaders(data, recipe.trainer, recipe.seed, t.start.step, world)
+    order = t.start.row_order or ROW_ORDER
+    loaders = Loaders(data, recipe.trainer, recipe.seed, t.start.step, world, order)
     # Lightning's handlers would end the run without a checkpoint, or wait for ranks that got no signal.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     with interruptions:
         try:
-            trainer.fit(module, datamodule=loaders, ckpt_path=t.start.checkpoint, weights_only=True)
+            if t.start.step < t.steps:
+                trainer.fit(module, datamodule=loaders, ckpt_path=t.start.checkpoint, weights_only=True)
+            else:  # it was interrupted in its last validation
+                trainer.validate(
+                    module, datamodule=loaders, ckpt_path=t.start.checkpoint, verbose=False, weights_only=True
+                )
         except SystemExit:  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from None
         except Exception as error:
@@ -240,7 +280,7 @@ def _callbacks(
     """In the order in which they are called, but that Lightning calls `Checkpoints` last."""
     logging_config = t.recipe.logging
     metrics = Metrics(logging_config.every, 3 * decoder.flops(t.data.seq_len) / t.data.seq_len)
-    callbacks: list[Callback] = [SignsOfLife(checkpoints.hang_watch), metrics, StopAtTheEnd()]
+    callbacks: list[Callback] = [SignsOfLife(t.world), metrics, StopAtTheEnd()]
     # With cpu_offload generating would have to know where the states of a decoder's layers belong.
     if t.data.tokenizer is not None and logging_config.sample_tokens and not t.recipe.strategy.cpu_offload:
         callbacks.append(
@@ -252,7 +292,7 @@ def _callbacks(
 
 def _announce(t: Training, decoder: Decoder, module: LanguageModel, loggers: Sequence[Logger]) -> None:
     """Says what is about to be trained, on the console and in TensorBoard."""
-    recipe, world, rows = t.recipe, t.world, t.recipe.trainer.rows_per_step(t.world.size)
+    recipe, world, rows = t.recipe, t.world, t.recipe.trainer.step_rows(t.world.size)
     parameters = sum(p.numel() for p in decoder.parameters())
     on = {"cuda": "gpu"}.get(t.device.type, "cpu")
     if world.size > 1:

@@ -1,6 +1,7 @@
 """Where metrics go: a file of lines that anything can read, and TensorBoard."""
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from tensorboard.plugins.hparams.summary_v2 import HParam, Metric, hparams_confi
 
 from mixerlab.lm.recipe.check import mixers_of
 from mixerlab.lm.recipe.schema import Recipe
+from mixerlab.lm.run.curves import lines_of
+from mixerlab.lm.run.folder import writing
 from mixerlab.lm.run.start import Start
+from mixerlab.sealed import write_file
 
 
 class CSVMetrics(Logger):
@@ -23,22 +27,20 @@ class CSVMetrics(Logger):
         start = start or Start()
         kept = []
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit()]
             # Of the step itself, a validation that is not in the checkpoint is repeated.
             kept = [
-                row
-                for row in rows
-                if int(row[0]) < start.step
+                (step, metric, value)
+                for step, metric, value in lines_of(self.path)
+                if step < start.step
                 or (
-                    int(row[0]) == start.step
-                    and (start.is_validated or row[1].startswith(("train/", "speed/", "memory/")))
+                    step == start.step
+                    and (start.is_validated or metric.startswith(("train/", "speed/", "memory/")))
                 )
             ]
-        new = self.path.with_suffix(".new")
-        with new.open("w", newline="") as file:
-            csv.writer(file).writerows([("step", "metric", "value"), *kept])
-        new.replace(self.path)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("step", "metric", "value"), *kept])
+        with writing(self.path):
+            write_file(self.path, text.getvalue())
 
     @property
     def name(self) -> str:
@@ -52,7 +54,7 @@ class CSVMetrics(Logger):
         """The run folder holds the recipe."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        with self.path.open("a", newline="") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows((step, name, repr(float(value))) for name, value in metrics.items())
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mixerlab.data.module import IGNORE
-from mixerlab.lm.model.blocks import Diagnostics
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.strategies import synchronise_gradients
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.folder import Run
+from mixerlab.lm.training.batches import ROW_ORDER
 from mixerlab.lm.training.metrics import TokenMetrics, rates, token_sums
 from mixerlab.lm.training.non_finite import NonFiniteSteps
 from mixerlab.lm.training.optim import build_optimizer, lr_factor
@@ -70,6 +70,8 @@ class LanguageModel(L.LightningModule):
         self.reduces_each_time = recipe.strategy.reduce_every == "micro_batch"
         self.step_metrics: dict[str, Tensor | float] = {}
         """Loss, gradient norm and so on of the last step."""
+        self.row_order = ROW_ORDER
+        """Which order the run's rows have."""
         self.validated_step = -1
         self.valid_rates: dict[str, float] = {}
         """What the last validation found, by "loader/rate", and after which step."""
@@ -123,10 +125,11 @@ class LanguageModel(L.LightningModule):
         """Lightning's FSDP2 strategy asks for this; `parallelize` has done it."""
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        layers: Diagnostics | None = [] if batch_idx == 0 and dataloader_idx == 0 else None
-        nll, correct = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"), layers)
+        diagnose = batch_idx == 0 and dataloader_idx == 0
+        result = self.decoder(batch["input_ids"], batch["labels"], batch.get("segment_ids"), diagnose)
+        (nll, correct), layers = result if diagnose else (result, [])
         cast(TokenMetrics, self.valid_metrics[dataloader_idx]).update(nll, correct, batch["labels"])
-        for layer, values in enumerate(layers or []):
+        for layer, values in enumerate(layers):
             for name, value in values.items():
                 # TensorBoard sorts by name: these come after the losses.
                 self._report(f"valid_mixers/{name}/layer_{layer}_mean", value.mean())
@@ -166,11 +169,13 @@ class LanguageModel(L.LightningModule):
         validated = self.validated_step == checkpoint["global_step"]
         checkpoint["valid_loss"] = self.valid_loss if validated else None
         checkpoint["metrics"] = self.valid_rates if validated else None
-        checkpoint["rows_per_step"] = self.recipe.trainer.rows_per_step(self.world.size)
+        checkpoint["rows_per_step"] = self.recipe.trainer.step_rows(self.world.size)
+        checkpoint["row_order"] = self.row_order
         checkpoint["recipe"] = plain(self.recipe)
         del checkpoint["loops"]  # of Lightning: all progress follows from the step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.pop("loops", None)  # of an older version
+        self.row_order = checkpoint.get("row_order", 1)  # versions up to 0.2 noted none
         if checkpoint.get("metrics") is not None:
             self.validated_step, self.valid_rates = checkpoint["global_step"], checkpoint["metrics"]

@@ -1,6 +1,7 @@
 """A step whose loss or gradient is not a number: found out where it began, saved, and left out or the run ended."""
 
 import logging
+from typing import Any
 
 import lightning as L
 import torch
@@ -60,9 +61,13 @@ class NonFiniteSteps:
             return
         if self.in_a_row > 1:
             text += f"; {self.in_a_row} steps one after another"
-        if self.run is not None and not (before := self.run.checkpoints.at(step - 1)).exists():
+        if self.run is not None:
             try:
-                trainer.save_checkpoint(before)
+                checkpoints: Any = trainer.checkpoint_callback
+                if checkpoints is not None:
+                    checkpoints.wait()  # it may be the one of the step before that is being written
+                if not (before := self.run.checkpoints.at(step - 1)).exists():
+                    trainer.save_checkpoint(before)
             except CheckpointError as error:
                 text += f"; {error}"
         self.world.all_raised = True

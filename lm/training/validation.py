@@ -14,6 +14,7 @@ from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.run.folder import Run
 from mixerlab.lm.training.batches import Loaders
 from mixerlab.lm.training.metrics import TokenMetrics
+from mixerlab.options import ConfigError
 
 
 def validate_run(
@@ -24,6 +25,11 @@ def validate_run(
     data = build_data(recipe.data, recipe.seed)
     data.prepare()
     data.setup()
+    if data.vocab_size > (rows := decoder.embedding.weight.shape[0]):
+        raise ConfigError(
+            f"run folder {run.path}: its data have {data.vocab_size} tokens now, and its decoder {rows}; restore the "
+            "data that it was trained on"
+        )
     token_bytes = None if data.token_bytes is None else data.token_bytes.to(device)
     trainer = replace(recipe.trainer, val_batches=batches or recipe.trainer.val_batches)
     loaders = Loaders(data, trainer, recipe.seed, 0, World()).val_dataloader()

@@ -108,6 +108,10 @@ LIMITS = {
 
 
 def _check_value(value: Any, kind: Any, metadata: Mapping[str, Any], path: str) -> Any:
+    if any(
+        isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])
+    ):
+        raise ConfigError(f"{path} = {show(value)}: expected text without the character NUL")
     typed = _typed(value, kind)
     if typed is MISSING:
         choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []

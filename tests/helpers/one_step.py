@@ -22,6 +22,7 @@ def fake_trainer(step=0, max_steps=10, precision="32", **more):
         is_global_zero=True,
         world_size=1,
         should_stop=False,
+        checkpoint_callback=None,
         **more,
     )
 

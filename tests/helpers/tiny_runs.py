@@ -67,7 +67,7 @@ def before_step(monkeypatch, step, happens, training, code=0):
 
 def run_dirs(folder, name="tiny"):
     """The run folders under `folder`, oldest first."""
-    return sorted((folder / "runs" / name).iterdir(), key=lambda path: Run(path).started)
+    return sorted((folder / "runs" / name).iterdir(), key=lambda path: Run(path).order)
 
 
 def metric(run, name):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mixerlab.__main__ import main
+from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.lm.run.checkpoint import save
 from mixerlab.lm.run.folder import Run
 
@@ -15,7 +16,7 @@ def run(tmp_path):
     for step, loss in ((10, 3.0), (20, 2.0), (30, None)):
         weights = {"a": torch.arange(15.0).view(5, 3)}
         save({"global_step": step, "valid_loss": loss, "state_dict": weights}, made.checkpoints.at(step))
-    (made.path / "recipe.yaml").write_text("")
+    made.save_recipe(load_recipe("quickstart"))
     return made
 
 
@@ -40,6 +41,22 @@ def test_the_command_lists_checks_and_rewrites(run, capsys):
 
 def test_a_folder_without_checkpoints_is_named(run, capsys):
     (run.path / "empty").mkdir()
-    (run.path / "empty" / "recipe.yaml").write_text("")
+    Run(run.path / "empty").save_recipe(load_recipe("quickstart"))
     assert main(["checkpoints", str(run.path / "empty")]) == 2
     assert "it has no checkpoints/step-*, so there is nothing to load" in capsys.readouterr().err
+
+
+def test_rewriting_needs_the_lock(run, capsys):
+    with Run(run.path).lock():
+        assert main(["checkpoints", str(run.path), "--to", "sharded"]) == 2
+    assert "another process is training that run" in capsys.readouterr().err
+    assert main(["checkpoints", str(run.path), "--to", "sharded"]) == 0
+
+
+def test_damage_in_other_files_of_the_run_is_listed_too(run, capsys):
+    run.save_data_fingerprint("abc")
+    (run.path / "data.fingerprint").write_text("abd")
+    assert main(["checkpoints", str(run.path)]) == 1
+    out = capsys.readouterr().out
+    assert f"damaged: {run.path / 'data.fingerprint'} is not what was written there" in out
+    assert "step-00000020: one file" in out

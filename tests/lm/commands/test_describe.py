@@ -1,5 +1,7 @@
 """The table of costs, for one or several mixers side by side."""
 
+import shutil
+
 import pytest
 
 from mixerlab.__main__ import main
@@ -45,6 +47,20 @@ def test_overrides_may_follow_the_mixers(capsys):
     assert rows["decoding state, T = 256"][1] == "0 B"
 
 
+def test_overrides_may_follow_the_lengths(capsys):
+    assert main(["describe", QUICKSTART, "--lengths", "10", "model.d_model=64"]) == 0
+    rows = table(capsys)
+    assert rows["d_model"] == ["64"]
+    assert "decoding state, T = 10" in rows
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(QUICKSTART, "[bold]:x:.yaml")
+    assert main(["describe", "[bold]:x:.yaml"]) == 0
+    assert "[bold]:x:.yaml" in capsys.readouterr().out
+
+
 def test_mixers_are_compared_at_a_common_size(capsys):
     assert main(["describe", QUICKSTART, "model.match_params=5M", "--mixers", "attention", "mamba2"]) == 0
     for number in table(capsys)["all parameters"]:
@@ -57,10 +73,12 @@ def test_mistakes_get_one_clear_line(arguments, capsys):
     assert capsys.readouterr().err.startswith("error: model.")
 
 
-def test_a_length_must_be_positive(capsys):
-    with pytest.raises(SystemExit):
-        main(["describe", QUICKSTART, "--lengths", "0"])
-    assert "0: expected at least 1" in capsys.readouterr().err
+@pytest.mark.parametrize(("length", "said"), [("0", "0: expected at least 1"), ("x", "invalid literal")])
+def test_a_length_must_be_a_positive_number(capsys, length, said):
+    with pytest.raises(SystemExit) as left:
+        main(["describe", QUICKSTART, "--lengths", length])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_recipe_that_comes_with_mixerlab_needs_its_name_alone(capsys):

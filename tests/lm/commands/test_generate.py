@@ -61,6 +61,8 @@ def test_generating_from_a_broken_run_says_what_is_wrong(finished, tmp_path, cap
         (["--temperature", "-1"], "-1: expected at least 0"),
         (["--top-p", "0"], "0: expected above 0 and at most 1"),
         (["--max-new-tokens", "0"], "0: expected at least 1"),
+        (["--seed", "-1"], "-1: expected at least 0 and at most 9223372036854775807"),
+        (["--seed", str(2**63)], "expected at least 0 and at most 9223372036854775807"),
         (["--device", "abacus"], "abacus: expected cpu or cuda"),
     ],
 )

@@ -1,6 +1,7 @@
 """Published checkpoints, saved by transformers with random weights: the same logits, text, and every refusal."""
 
 import json
+import os
 import shutil
 from types import ModuleType
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from filelock import FileLock
 from safetensors.torch import load, save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
@@ -189,6 +191,7 @@ def test_the_weights_can_be_trained_further(checkpoint, tmp_path):
     recipe["trainer"] |= {"steps": 2, "batch_size": 2, "val_batches": 1}
     recipe["optim"] |= {"lr": 1e-6, "weight_decay": 0.0, "warmup_steps": 0}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "checksums.json").unlink()  # changed by hand, and on purpose
     assert train(run / "recipe.yaml", f"resume={run}") == 0
     after = read(Run(run).checkpoints.last())
     assert after["global_step"] == 2
@@ -409,3 +412,25 @@ def test_places_that_cannot_be_used_are_named(checkpoint, tmp_path, capsys, monk
     (tmp_path / "empty").mkdir()
     convert(folder, tmp_path / "empty")
     assert (tmp_path / "empty" / "recipe.yaml").is_file()
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_and_one_at_a_time_writes(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
+    run = tmp_path / "runs" / "it"
+
+    def kill(*args):
+        os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(torch, "save", kill)
+        convert(checkpoint["mamba"], run)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    (left,) = run.parent.iterdir()
+    assert left.name == ".convert-it"
+    with FileLock(left / ".lock"):
+        assert "another process is converting to that folder" in refusal(checkpoint["mamba"], run, capsys)
+    convert(checkpoint["mamba"], run)
+    assert list(run.parent.iterdir()) == [run]

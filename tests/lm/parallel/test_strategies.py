@@ -129,9 +129,8 @@ def test_a_damaged_file_that_one_rank_finds_leads_all_to_the_checkpoint_before(t
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     out, err = finish(start(*few, "resume=auto"))
-    assert (
-        err.count("step-00000006 is damaged: the checksum of shard-1-of-2.ckpt is wrong; using the one") == 1
-    )
+    said = "is damaged: the checksum of shard-1-of-2.ckpt is wrong; using the one before"
+    assert " ".join(out.split()).count(said) == 1, err
     assert f"continuing {run} after step 4" in out
     assert metric(run, "train/loss") == losses
     for folder in Run(run).checkpoints.all():

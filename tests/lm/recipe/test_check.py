@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixerlab.lm.recipe.check import check_recipe, mixers_of
+from mixerlab.lm.recipe.check import check_recipe, for_any_devices, for_devices, mixers_of
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.mixers import MIXERS, register_mixer
 from mixerlab.mixers.identity import Identity, IdentityConfig
@@ -179,6 +179,15 @@ BAD = {
         "strategy.accelerator = 'mps'",
         "auto, cpu, gpu",
     ),
+    "name of the folder above": (["name=.."], "name = '..'", "the name of a folder"),
+    "no name": (["name=''"], "name = ''", "the name of a folder"),
+    "name with a NUL": (['name="a\\0b"'], "name = 'a\\x00b'", "without the character NUL"),
+    "name of two lines": (['name="a\\nb"'], "name = 'a\\nb'", "the name of a folder"),
+    "folder with a NUL": (['logging.dir="a\\0b"'], "logging.dir = 'a\\x00b'", "without the character NUL"),
+    "data with a NUL": (['data.files=["a\\0b"]'], "data.files = ['a\\x00b']", "without the character NUL"),
+    "a rate that overflows": (["optim.lr=3e38"], "optim.lr = 3e+38", "expected above 0 and below 1000000"),
+    "an infinite rate": (["optim.lr=.inf"], "optim.lr = inf", "expected above 0 and below 1000000"),
+    "an infinite timeout": (["strategy.timeout=.inf"], "strategy.timeout = inf", "below 1000000000"),
     "name with a path": (["name=../elsewhere"], "name = '../elsewhere'", "without slashes"),
     "folder for runs that cannot be made": (
         ["logging.dir=corpus.txt/runs", "data.seq_len=8"],
@@ -250,3 +259,63 @@ def test_files_that_have_gone_matter_only_where_the_data_is_checked(folder):
     assert check_recipe(raw, check_data=False).data.options.files == ["gone.txt"]
     with pytest.raises(ConfigError, match=r"data\.files"):
         check_recipe(raw)
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "accumulate"),
+    [
+        (["trainer.rows_per_step=64"], 1, 4),
+        (["trainer.rows_per_step=64"], 4, 1),
+        (["trainer.rows_per_step=64", "trainer.batch_size=1"], 2, 32),
+        (["trainer.accumulate=3"], 2, 3),
+    ],
+)
+def test_the_micro_batches_follow_from_the_rows_a_step(folder, changes, devices, accumulate):
+    recipe = for_devices(load_recipe("good.yaml", changes), devices)
+    assert recipe.trainer.accumulate == accumulate
+    assert for_devices(recipe, devices) == recipe
+    assert (
+        recipe.trainer.step_rows(devices) == recipe.trainer.rows_per_step
+        or recipe.trainer.rows_per_step is None
+    )
+    assert for_any_devices(recipe) == load_recipe("good.yaml", changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "said"),
+    [
+        (
+            {"rows_per_step": 60},
+            1,
+            r"rows_per_step = 60: expected a multiple of trainer\.batch_size, which is 16",
+        ),
+        (
+            {"rows_per_step": 48},
+            2,
+            r"batch_size = 16 x 2 devices .*; expected .* that divides 24, or 32 or 64 rows",
+        ),
+        ({"rows_per_step": 16}, 3, r"expected a number of devices that divides 1, or 48 rows"),
+    ],
+)
+def test_rows_a_step_that_contradict_their_parts_are_refused(folder, changes, devices, said):
+    with pytest.raises(ConfigError, match=said):
+        for_devices(load_recipe("good.yaml", trainer=changes), devices)
+
+
+def test_the_rows_a_step_and_the_micro_batches_replace_each_other(folder):
+    (folder / "rows.yaml").write_text("base: good.yaml\ntrainer: {rows_per_step: 64}\n")
+    assert load_recipe("rows.yaml", ["trainer.accumulate=2"]).trainer.rows_per_step is None
+    (folder / "parts.yaml").write_text("base: good.yaml\ntrainer: {accumulate: 2}\n")
+    assert load_recipe("parts.yaml", ["trainer.rows_per_step=64"]).trainer.accumulate == 1
+    with pytest.raises(
+        ConfigError, match=r"accumulate = 2 and trainer\.rows_per_step = 64: expected exactly one"
+    ):
+        load_recipe("good.yaml", ["trainer.accumulate=2", "trainer.rows_per_step=64"])
+    # In one file both may stand, as in the one of a run, if they agree.
+    (folder / "both.yaml").write_text("base: good.yaml\ntrainer: {rows_per_step: 64, accumulate: 2}\n")
+    both = load_recipe("both.yaml")
+    assert for_devices(both, 2) == both
+    with pytest.raises(
+        ConfigError, match=r"accumulate = 2: trainer\.rows_per_step = 64 is 4 x .*; expected 4, or only"
+    ):
+        for_devices(both, 1)

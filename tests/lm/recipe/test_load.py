@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from mixerlab.data import DATA
 from mixerlab.lm.recipe import load as load_module
+from mixerlab.lm.recipe.files import SHIPPED, find_recipe
 from mixerlab.lm.recipe.load import (
     LONGEST_LABEL,
-    SHIPPED,
     differing_keys,
-    find_recipe,
     label,
     load_recipe,
     load_saved,
@@ -465,3 +464,15 @@ def test_a_data_plugins_config_class_that_fails_is_named(folder, monkeypatch):
         ConfigError, match=r"^data = 'odd': the data module's config class failed: KeyError: 'oops'$"
     ):
         load_recipe("good.yaml", ["plugins=[failing_data]", "data=odd"])
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", r"\${oc.env:HOME}", r"\\${a", "a${b", r"\$", "$${x}"])
+def test_text_that_looks_like_an_interpolation_stays_text(folder, text):
+    recipe = load_recipe("good.yaml", logging={"sample_prompt": text})
+    assert recipe.logging.sample_prompt == text
+    (folder / "again.yaml").write_text(to_yaml(recipe))
+    assert load_recipe("again.yaml").logging.sample_prompt == text
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    (folder / "run" / "recipe.yaml").write_text(to_yaml(recipe))
+    assert load_saved(folder / "run" / "recipe.yaml").logging.sample_prompt == text
+    assert load_recipe(folder / "run" / "recipe.yaml").logging.sample_prompt == text

@@ -21,6 +21,7 @@ from mixerlab.lm.run.checkpoint import (
     save,
     step_of,
 )
+from ranks import Ranks
 
 
 def state(step, valid_loss=None):
@@ -195,8 +196,8 @@ def test_the_newest_and_the_best_are_kept(checkpoints):
 
 
 def test_a_write_that_fails_leaves_what_was_there(checkpoints, monkeypatch):
-    def full(tree, path):
-        path.write_bytes(b"half")
+    def full(tree, file):
+        file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
@@ -307,7 +308,7 @@ def test_where_one_rank_cannot_write_all_ranks_raise_the_same(checkpoints, monke
     def save_as(rank, outcomes):
         """`outcomes(own)` are those of all ranks."""
         with pytest.raises(CheckpointError) as caught:
-            save(state(50), checkpoints.at(50), rank, gather=outcomes)
+            save(state(50), checkpoints.at(50), rank, ranks=2, gather=outcomes)
         return str(caught.value)
 
     full = (None, "No space left on device")
@@ -323,3 +324,122 @@ def test_a_file_that_is_already_as_it_should_be_is_not_touched(checkpoints):
     note_validation(checkpoints.at(20), 2.0, None)
     after = path.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_ranks_share_out_what_is_verified_and_agree(checkpoints, monkeypatch, caplog):
+    for step in (30, 40):
+        reshard(checkpoints.at(step), 4)
+    read_by: dict[str, list[str]] = {}
+    xxh3 = sealed.xxh3
+
+    def noted(path):
+        read_by.setdefault(f"{path.parent.name}/{path.name}", []).append(path.name)
+        return xxh3(path)
+
+    monkeypatch.setattr(sealed, "xxh3", noted)
+    found = Ranks(2).run(lambda rank, gather: checkpoints.last(rank, 2, gather))
+    assert found == [checkpoints.at(40)] * 2
+    assert sorted(read_by) == [f"step-00000040/shard-{n}-of-4.ckpt" for n in range(4)]
+    assert all(len(times) == 1 for times in read_by.values())
+    flip(checkpoints.at(40) / "shard-3-of-4.ckpt")  # which rank 1 reads
+    found = Ranks(2).run(lambda rank, gather: checkpoints.last(rank, 2, gather))
+    assert found == [checkpoints.at(30)] * 2
+    assert "step-00000040 is damaged: the checksum of shard-3-of-4.ckpt is wrong" in caplog.text
+    for step in (10, 20, 30):
+        folder = checkpoints.at(step)
+        flip(next(folder.glob("*.ckpt")))
+    errors = Ranks(2).run(lambda rank, gather: checkpoints.last(rank, 2, gather))
+    assert [type(error) for error in errors] == [CheckpointError] * 2
+    assert str(errors[0]) == str(errors[1])
+
+
+def test_a_rank_opens_the_files_that_have_its_rows_and_no_others(checkpoints, monkeypatch):
+    reshard(checkpoints.at(40), 7)
+    opened = []
+    load = torch.load
+
+    def noted(path, **options):
+        opened.append(path.name)
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", noted)
+    weights = read(checkpoints.at(40), whole=False)["state_dict"]
+    assert opened == ["shard-0-of-7.ckpt"]
+    assert torch.equal(weights["a"].rows(0, 1), state(40)["state_dict"]["a"][:1])
+    assert opened == ["shard-0-of-7.ckpt"]
+    weights["c"].rows(0, 2)
+    assert len(opened) == 2
+
+
+def test_a_checkpoint_of_an_older_version_has_a_crc_and_is_read_and_verified(checkpoints):
+    folder = checkpoints.at(40)
+    reshard(folder, 2)
+    files = {name: sealed.size_and_checksum(folder / name) for name in read_meta(folder)["files"]}
+    sealed.write_meta(folder, {**read_meta(folder), "files": files})
+    assert find_damage(folder) is None
+    assert_same(read(folder), state(40, 2.5))
+    flip(folder / "shard-1-of-2.ckpt")
+    assert "the checksum of shard-1-of-2.ckpt is wrong" in find_damage(folder)
+
+
+def rewritten(folder, tree, name="state.ckpt", **meta):
+    """A checkpoint whose checksums are right, whatever is in it."""
+    torch.save(tree, folder / name)
+    files = {name: sealed.size_and_checksum(folder / name)}
+    sealed.write_meta(folder, {**sealed.read_meta(folder), "files": files, **meta})
+
+
+ODD = {
+    "a list": [1],
+    "a tensor": torch.zeros(3),
+    "no step": {"state_dict": {}},
+    "another step": {"global_step": 7, "state_dict": {}},
+    "no weights": {"global_step": 40},
+    "weights that are none": {"global_step": 40, "state_dict": {"a": 3}},
+    "names that are none": {"global_step": 40, "state_dict": {3: torch.zeros(3)}},
+    "pieces of nothing": {"global_step": 40, "state_dict": {"a": {"sharded": True}}},
+    "pieces of a text": {"global_step": 40, "state_dict": {"a": {"sharded": True, "shape": "x", "rows": 1}}},
+    "rows of another shape": {
+        "global_step": 40,
+        "state_dict": {"a": {"sharded": True, "shape": [2**40], "rows": torch.zeros(3)}},
+    },
+}
+
+
+@pytest.mark.parametrize("tree", ODD.values(), ids=ODD)
+def test_a_state_of_another_structure_whose_checksum_is_right_is_refused_in_a_line(checkpoints, tree):
+    rewritten(checkpoints.at(40), tree)
+    assert find_damage(checkpoints.at(40)) is None
+    with pytest.raises(CheckpointError, match=r"checkpoint .*40 is not what training writes: .") as caught:
+        read(checkpoints.at(40))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"global_step": None}, "global_step = None"),
+        ({"global_step": "x"}, "global_step = 'x'"),
+        ({"valid_loss": "low"}, "valid_loss = 'low'"),
+        ({"metrics": [1]}, "metrics = [1]"),
+        ({"recipe": 3}, "recipe = 3"),
+        ({"files": {"../step-00000030/state.ckpt": [1, 2]}}, "it names the files ../step"),
+        ({"files": {"shard-0-of-2.ckpt": [1, 2]}}, "it names the files shard-0-of-2.ckpt"),
+    ],
+)
+def test_a_list_of_files_of_another_structure_is_damage(checkpoints, meta, said):
+    folder = checkpoints.at(40)
+    sealed.write_meta(folder, {**sealed.read_meta(folder), **meta})
+    with pytest.raises(CheckpointError, match="is not what training writes") as caught:
+        read_meta(folder)
+    assert said in str(caught.value)
+    assert find_damage(folder) is not None
+    assert checkpoints.last() == checkpoints.at(30)
+
+
+def test_a_checkpoint_in_whose_replacement_a_process_was_killed_is_found_by_its_name(checkpoints):
+    checkpoints.at(40).rename(checkpoints.folder / "step-00000040.old")
+    assert checkpoints.named("40") == checkpoints.at(40)
+    (checkpoints.folder / "step-00000030.old").mkdir()
+    checkpoints.clear()
+    assert len(list(checkpoints.folder.iterdir())) == len(checkpoints.all()) == 4

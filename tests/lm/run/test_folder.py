@@ -1,16 +1,23 @@
 """Run folders: their names, what is in them, and what is said where something is missing."""
 
+import contextlib
+import errno
 import json
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from mixerlab import sealed
+from mixerlab.data.tokenizers import ByteTokenizer
 from mixerlab.lm.recipe.load import load_recipe, to_yaml
-from mixerlab.lm.run import folder as module
+from mixerlab.lm.run import environment as environment_module
+from mixerlab.lm.run import folder as folder_module
 from mixerlab.lm.run.checkpoint import CheckpointError, read_meta, save
-from mixerlab.lm.run.folder import Run, check_model, new_path, runs_of
+from mixerlab.lm.run.folder import Run, new_path, runs_of
+from mixerlab.lm.run.weights import check_model
 from mixerlab.options import ConfigError, plain
 from mixerlab.sealed import write_meta
 
@@ -27,7 +34,8 @@ def clock(monkeypatch):
             cls.time += timedelta(seconds=1)
             return cls.time
 
-    monkeypatch.setattr(module, "datetime", Clock)
+    for module in (folder_module, environment_module):
+        monkeypatch.setattr(module, "datetime", Clock)
     return Clock
 
 
@@ -70,11 +78,29 @@ def test_runs_are_sorted_by_when_they_began_whatever_their_names(recipe, clock):
 
 def test_a_run_of_an_older_version_began_when_its_name_says(recipe, tmp_path):
     folder = tmp_path / "runs" / "tiny"
-    new = Run.create(recipe())
     for name in ("20250101-120000", "20990101-120000"):
-        (folder / name).mkdir()
-    assert Run(folder / "20250101-120000").started == "20250101120000"
-    assert [run.path.name for run in runs_of(folder)] == ["20990101-120000", new.path.name, "20250101-120000"]
+        (folder / name).mkdir(parents=True)
+    new = Run.create(recipe())
+    assert Run(folder / "20250101-120000").order == (0, "20250101120000")
+    assert [run.path.name for run in runs_of(folder)] == [new.path.name, "20990101-120000", "20250101-120000"]
+
+
+def test_the_order_of_runs_survives_a_clock_that_goes_back(recipe, clock):
+    made = []
+    for _ in range(3):
+        made.append(Run.create(recipe()).path)
+        clock.time -= timedelta(days=100)
+    assert [run.path for run in runs_of(made[0].parent)] == made[::-1]
+    assert [Run(path).order[0] for path in made] == [1, 2, 3]
+
+
+def test_a_run_whose_order_is_damaged_is_looked_at_first_and_named(recipe):
+    first, _ = Run.create(recipe()), Run.create(recipe())
+    path = first.path / "environment.json"
+    path.write_text(path.read_text().replace('"number": 1', '"number": 0'))
+    assert runs_of(first.path.parent)[0].path == first.path
+    with pytest.raises(ConfigError, match=r"environment\.json is not what was written there"):
+        _ = first.order
 
 
 def test_there_are_no_runs_where_there_is_no_folder(tmp_path):
@@ -136,16 +162,145 @@ def test_a_result_marks_a_run_as_finished_until_it_is_reopened(recipe):
     run.reopen()  # is no error
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"x"', '{"steps": "x"}', '{"a": [1]}', "\x00", "[" * 100_000]
+)
+def test_a_damaged_result_is_none_and_is_named(recipe, text):
+    run = Run.create(recipe())
+    (run.path / "result.json").write_text(text)
+    assert not run.is_finished
+    with pytest.raises(ConfigError, match=r"^[^\n]*result\.json[^\n]*$"):
+        _ = run.result
+    run.finish(20, {"valid/loss": 2.5})
+    assert run.result == {"steps": 20, "valid/loss": 2.5}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["12,tr", '10,"train/loss,1.0', "x,train/loss,1.0", "10,train/loss,abc", "\x00\xff", "1,2,3,4", ""],
+)
+def test_damaged_lines_of_the_metrics_are_skipped(recipe, line):
+    run = Run.create(recipe())
+    whole = "9,train/loss,2.0\n"
+    (run.path / "metrics.csv").write_text(f"step,metric,value\n{line}\n{whole}")
+    assert run.metrics()["train/loss"].to_dict() == {9: 2.0}
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "environment.json", "data.fingerprint", "result.json"])
+def test_a_full_disk_leaves_the_file_as_it_was_and_is_said_in_one_line(recipe, monkeypatch, name):
+    run = Run.create(recipe())
+    run.save_data_fingerprint("abc")
+    run.finish(5, {"valid/loss": 1.0})
+    writes = {
+        "recipe.yaml": lambda: run.save_recipe(recipe("seed=5")),
+        "environment.json": run.save_environment,
+        "data.fingerprint": lambda: run.save_data_fingerprint("other"),
+        "result.json": lambda: run.finish(9, {"valid/loss": 0.5}),
+    }
+
+    def full(self, text, **options):
+        if self.name in (f"{name}.new", "checksums.json.new"):
+            with self.open("w") as file:
+                file.write(text[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(
+            ConfigError, match=r"^\S*\.json|yaml|fingerprint cannot be written: No space left on[^\n]*$"
+        ):
+            writes[name]()
+    assert {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before
+    writes[name]()
+    assert sealed.noted_damage(run.path) == []
+
+
+def test_a_run_that_cannot_be_begun_leaves_no_folder(recipe, monkeypatch):
+    def full(self, text, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        Run.create(recipe())
+    assert not list(new_path(recipe()).parent.iterdir())
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_kill_while_a_file_is_replaced_leaves_a_run_that_can_be_read(recipe, monkeypatch, stage):
+    run = Run.create(recipe())
+    replace, done = Path.replace, list[Path]()
+
+    def kill(self, target):
+        if len(done) == stage:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(self, target)
+
+    for seed in (1, 2):  # the second time on what the first left
+        done.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", kill)
+            with contextlib.suppress(KeyboardInterrupt):
+                run.save_recipe(recipe(f"seed={seed}"))
+        assert Run(run.path).recipe.seed in (seed - 1, seed, 0)
+    run.save_recipe(recipe("seed=7"))
+    assert Run(run.path).recipe.seed == 7
+
+
+def test_what_was_changed_by_hand_is_refused_until_it_is_accepted(make_run):
+    run = make_run()
+    path = run.path / "recipe.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: 4"))
+    with pytest.raises(
+        ConfigError, match=r"recipe\.yaml is not what was written there: .* delete checksums\.json"
+    ):
+        Run.open(run.path)
+    (run.path / "checksums.json").unlink()
+    assert Run.open(run.path).recipe.seed == 4
+
+
+def test_a_run_of_an_older_version_has_no_checksums_and_is_read(make_run):
+    run = make_run()
+    (run.path / "checksums.json").unlink()
+    assert Run.open(run.path).decoder() is not None
+    assert run.order[0] == 1
+    assert isinstance(run.tokenizer(), ByteTokenizer)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "no[x]where"])
+def test_any_name_of_a_folder_that_is_not_there_is_answered(name):
+    with pytest.raises(ConfigError, match=r"^run folder"):
+        Run.open(name)
+
+
 def test_only_one_holds_the_lock(recipe):
     run, again = Run.create(recipe()), None
-    assert not run.is_locked()
     with run.lock():
         again = Run(run.path)
-        assert again.is_locked()
-        with pytest.raises(ConfigError, match=r"resume = .*: another process is training that run"):
+        with pytest.raises(ConfigError, match=r"run folder .*: another process is training that run"):
             again.lock()
-    assert not again.is_locked()
     again.lock().release()
+
+
+def test_a_run_that_is_held_is_locked_until_it_is_released(recipe):
+    run = Run.create(recipe())
+    run.hold()
+    with pytest.raises(ConfigError, match="another process is training that run"):
+        Run(run.path).lock()
+    Run(run.path).release()  # by whichever object of this process
+    run.lock().release()
+    run.release()  # is no error
+
+
+def test_a_run_that_cannot_be_locked_is_named(recipe, monkeypatch):
+    def closed(self, timeout=None):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    run = Run.create(recipe())
+    monkeypatch.setattr(folder_module.FileLock, "acquire", closed)
+    with pytest.raises(ConfigError, match=r"run folder .*: it cannot be locked: Permission denied"):
+        run.lock()
 
 
 def test_differences_leave_out_names_and_places(recipe, tmp_path):

@@ -1,15 +1,15 @@
 """What happens between steps: when checkpoints are written, metrics logged and validations made up for."""
 
 import math
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mixerlab.lm.parallel.hang_watch import HangWatch
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.recipe.schema import TrainerConfig
-from mixerlab.lm.run.checkpoint import read_meta, save, step_of
+from mixerlab.lm.run.checkpoint import CheckpointError, read, read_meta, step_of
 from mixerlab.lm.run.folder import Run
 from mixerlab.lm.training.callbacks import (
     Checkpoints,
@@ -24,26 +24,24 @@ from one_step import fake_trainer
 class Rig:
     """The callback in the hands of a trainer that takes steps and validates as Lightning does."""
 
-    def __init__(self, folder, steps=20, first=0, is_main=True, **config):
+    def __init__(self, folder, steps=20, first=0, **config):
         self.run = Run(folder)
         self.config = TrainerConfig(steps=steps, **config)
-        self.watch = HangWatch(World(), 60.0)
-        self.callback = Checkpoints(self.run, self.config, self.watch)
+        self.world = World()
+        self.callback = Checkpoints(self.run, self.config, self.world)
         self.written = []
+        self.weights = torch.zeros(3)
         self.module = SimpleNamespace(valid_loss=None, valid_rates={})
         self.trainer = fake_trainer(first, steps, save_checkpoint=self.save)
-        self.trainer.is_global_zero = is_main
-        self.callback.on_fit_start(self.trainer, self.module)
+        self.callback.setup(self.trainer, self.module, "fit")
 
-    def save(self, folder):
+    def save(self, folder, storage_options):
         step = self.trainer.global_step
         assert folder == self.run.checkpoints.at(step)
         self.written.append(step)
-        state = {"global_step": step, "state_dict": {"a": torch.zeros(3)}}
-        save(
-            {**state, "valid_loss": self.module.valid_loss, "metrics": self.module.valid_rates or None},
-            folder,
-        )
+        state = {"global_step": step, "state_dict": {"a": self.weights}}
+        notes = {"valid_loss": self.module.valid_loss, "metrics": self.module.valid_rates or None}
+        storage_options.save({**state, **notes}, folder)
 
     def train(self, until, losses=()):
         """Goes on to a step; `losses` are those of the validations, None where a loss is not finite."""
@@ -55,6 +53,7 @@ class Rig:
             step = self.trainer.global_step
             if step % self.config.val_every == 0 or step == self.trainer.max_steps:
                 self.validate(losses[step])
+        self.callback.wait()
 
     def validate(self, loss):
         self.module.valid_loss, self.module.valid_rates = (
@@ -80,6 +79,7 @@ def test_of_a_step_that_is_validated_the_checkpoint_waits_for_the_validation(tmp
     rig.callback.on_train_batch_end(rig.trainer, rig.module, None, None, 0)
     assert rig.written == []
     rig.validate(2.0)
+    rig.callback.wait()
     assert rig.written == [5]
     meta = read_meta(rig.run.checkpoints.at(5))
     assert (meta["valid_loss"], meta["metrics"]) == (2.0, {"valid/loss": 2.0})
@@ -100,12 +100,6 @@ def test_the_newest_few_and_the_best_are_kept(tmp_path):
         rig.train(step, losses)
         assert rig.kept == kept
     assert rig.run.checkpoints.best() == rig.run.checkpoints.at(12)
-
-
-def test_only_the_main_process_deletes(tmp_path):
-    rig = Rig(tmp_path, is_main=False, checkpoint_every=2, val_every=100, keep_checkpoints=1)
-    rig.train(6)
-    assert rig.written == rig.kept == [2, 4, 6]
 
 
 def test_a_continued_run_knows_its_best_and_does_not_write_where_it_began(tmp_path):
@@ -135,8 +129,95 @@ def test_a_validation_that_is_made_up_for_is_noted_in_the_checkpoint_that_the_ru
 
 def test_the_watch_hears_of_a_checkpoint_before_it_is_written(tmp_path):
     rig = Rig(tmp_path, checkpoint_every=5, val_every=100)
+    heard = []
+    rig.trainer.save_checkpoint = lambda *args, **kwargs: heard.append(rig.world.doing)
     rig.train(5)
-    assert rig.watch._doing == "writing the checkpoint of step 5"
+    assert heard == ["writing the checkpoint of step 5"]
+
+
+def test_the_last_step_is_saved_before_its_validation_which_is_noted_after(tmp_path):
+    rig = Rig(tmp_path, steps=10, checkpoint_every=100, val_every=5)
+    rig.train(9, {5: 3.0})
+    rig.trainer.global_step = 10
+    rig.callback.on_train_batch_end(rig.trainer, rig.module, None, None, 0)
+    rig.callback.wait()
+    assert rig.written == [5, 10]
+    assert read_meta(rig.run.checkpoints.at(10))["metrics"] is None
+    rig.validate(2.0)
+    assert rig.written == [5, 10]
+    assert read_meta(rig.run.checkpoints.at(10))["metrics"] == {"valid/loss": 2.0}
+    assert rig.run.checkpoints.best() == rig.run.checkpoints.at(10)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """An event that the writing of checkpoints waits for."""
+    event, write = threading.Event(), torch.save
+
+    def when_released(*args):
+        assert event.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(torch, "save", when_released)
+    yield event
+    event.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_it(tmp_path, held):
+    rig = Rig(tmp_path, checkpoint_every=5, val_every=100)
+    rig.weights.fill_(1.0)
+    rig.trainer.global_step = 5
+    rig.callback.on_train_batch_end(rig.trainer, rig.module)
+    rig.weights.fill_(2.0)  # the next step
+    assert rig.kept == []
+    held.set()
+    rig.callback.wait()
+    assert read(rig.run.checkpoints.at(5))["state_dict"]["a"].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("end", ["save", "validation", "train end", "exception"])
+def test_what_comes_next_waits_for_a_running_write(tmp_path, held, end):
+    rig = Rig(tmp_path, steps=5, checkpoint_every=5, val_every=5)
+    rig.trainer.global_step = 5
+    rig.callback.on_train_batch_end(rig.trainer, rig.module)
+    threading.Timer(0.2, held.set).start()
+    if end == "save":
+        rig.trainer.global_step = 6
+        rig.callback.save(rig.trainer)
+    elif end == "validation":
+        rig.validate(2.0)
+    elif end == "train end":
+        rig.callback.on_train_end(rig.trainer, rig.module)
+    else:
+        rig.callback.on_exception(rig.trainer, rig.module, ValueError())
+    assert 5 in rig.kept
+
+
+def test_a_write_that_failed_in_the_background_is_known_and_raised(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    rig = Rig(tmp_path, checkpoint_every=5, val_every=100)
+    rig.train(5)
+    monkeypatch.setattr(torch, "save", full)
+    rig.trainer.global_step = 10
+    assert not rig.callback.failed
+    rig.callback.save(rig.trainer)
+    rig.callback.on_exception(rig.trainer, rig.module, ValueError())  # raises nothing
+    assert rig.callback.failed
+    for late in (rig.callback.wait, lambda: rig.callback.on_train_end(rig.trainer, rig.module)):
+        with pytest.raises(CheckpointError, match="step-00000010 cannot be written"):
+            late()
+    assert rig.world.all_raised
+    assert rig.kept == [5]
+
+
+def test_without_a_background_a_checkpoint_is_there_when_save_returns(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("a thread"))
+    rig = Rig(tmp_path, checkpoint_every=5, val_every=100, async_checkpoint=False)
+    rig.trainer.global_step = 5
+    rig.callback.save(rig.trainer)
+    assert rig.kept == [5]
 
 
 @pytest.mark.parametrize(("every", "due"), [(1, list(range(1, 13))), (5, [1, 5, 10, 12]), (100, [1, 12])])
@@ -205,19 +286,19 @@ def test_the_last_step_ends_the_training():
 
 
 def test_the_watch_hears_what_a_rank_does():
-    watch = HangWatch(World(), 60.0)
-    signs, trainer = SignsOfLife(watch), fake_trainer(4)
+    world = World()
+    signs, trainer = SignsOfLife(world), fake_trainer(4)
     heard = []
     for hook in ("train_batch_start", "before_backward", "validation_batch_start", "validation_batch_end"):
         getattr(signs, f"on_{hook}")(trainer)
-        heard.append(watch._doing)
+        heard.append(world.doing)
     trainer.global_step = 5
     signs.on_train_batch_end(trainer)
-    assert [*heard, watch._doing] == [
+    assert [*heard, world.doing] == [
         "in step 5",
         "in the backward pass of step 5",
         "validating after step 4",
         "validating after step 4",
         "after step 5, reading the next batch",
     ]
-    assert watch._count == 5
+    assert world.place == 5

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mixerlab.lm.recipe.load import SHIPPED, load_recipe
+from mixerlab.lm.recipe.files import SHIPPED
+from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.lm.training.dry_run import launch_lines
 from tiny_runs import TINY, train
 
@@ -24,7 +25,7 @@ def test_a_dry_run_prints_the_lines_that_start_it(at_the_root, capsys):
     out = capsys.readouterr().out
     assert "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d" in out
     assert f"-m mixerlab train {TINY} strategy.num_nodes=2" in out
-    assert "srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 mixerlab train" in out
+    assert "srun --kill-on-bad-exit=1 --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 mixerlab train" in out
     assert "--dry-run" not in out.partition("start it")[2]
     assert train(TINY, *nodes) == 2
     assert "torchrun or SLURM must start the processes" in capsys.readouterr().err

@@ -96,10 +96,10 @@ def test_a_signal_to_the_whole_group_spares_the_loading_processes_until_the_step
 @pytest.mark.slow
 def test_an_interrupted_validation_is_made_up_for(tmp_path, unequal):
     mishap = plugin(tmp_path, STOPS_IN_VALIDATION)
-    arguments = [*unequal, *layout(1, 4), "plugins=[mishap]", "resume=auto"]
+    arguments = [*unequal, *layout(1, 4), "plugins=[mishap]"]
     finish(start(*arguments, **mishap))
-    for stop, code in (({"STOP": "1"}, 75), ({}, 0)):
-        finish(start(*arguments, env=mishap["env"] | stop), code=code)
+    finish(start(*arguments, env=mishap["env"] | {"STOP": "1"}), code=75)
+    finish(start(*arguments, "resume=auto", **mishap))
     whole, stopped = run_dirs(tmp_path)
     assert sorted(metric(stopped, "valid/loss")) == [10, 20]
     assert_same_curves(stopped, whole, tolerance=0)

@@ -251,11 +251,27 @@ def test_resuming_with_another_optimiser_is_refused(tmp_path, options, capsys):
     assert "optim.lr was 0.01 and is now 1e-05" in capsys.readouterr().err
 
 
-def test_auto_starts_anew_where_the_recipe_differs_or_the_run_is_finished(tmp_path, options, capsys):
+def test_auto_says_that_a_run_is_finished(tmp_path, options, capsys):
     short = [*options, "trainer.steps=2"]
     assert train(TINY, *short) == 0
+    (run,) = run_dirs(tmp_path)
+    result = (run / "result.json").read_text()
+    capsys.readouterr()
     assert train(TINY, *short, "resume=auto") == 0
-    assert "no unfinished run" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "this run is finished" in out
+    assert "after 2 steps" in out
+    assert run_dirs(tmp_path) == [run]
+    assert (run / "result.json").read_text() == result
+
+
+def test_auto_starts_anew_where_the_recipe_differs_and_says_in_what(tmp_path, options, monkeypatch, capsys):
+    interrupt(monkeypatch, [TINY, *options], step=7)
+    capsys.readouterr()
+    assert train(TINY, *options, "resume=auto", "optim.lr=1e-4", "trainer.steps=2") == 0
+    out = capsys.readouterr().out
+    assert "no unfinished run of tiny with this recipe; starting a new one" in out
+    assert "differs in optim.lr" in out
     assert len(run_dirs(tmp_path)) == 2
 
 
@@ -278,6 +294,7 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_continued(
     (run / "recipe.yaml").write_text(
         (run / "recipe.yaml").read_text().replace("keep_checkpoints: 2", "keep_checkpoints: 1")
     )
+    (run / "checksums.json").unlink()  # which accepts the change
     assert train(*arguments, "resume=auto") == 0
     assert "step-00000015 is damaged: state.ckpt has" in caplog.text
     assert run_dirs(tmp_path) == [whole, run]
@@ -347,8 +364,8 @@ def stop_in_the_validation(monkeypatch, arguments, step):
             validating.append(batch_idx)
         return validation_step(self, batch, batch_idx, *loader)
 
-    def signalled(self, received, late):
-        return largest(self, int(signal.SIGTERM) if validating else received, late)
+    def signalled(self, received, *others):
+        return largest(self, int(signal.SIGTERM) if validating else received, *others)
 
     with monkeypatch.context() as patched:
         patched.setattr(LanguageModel, "validation_step", noted)
@@ -423,8 +440,9 @@ def into_the_old_form(run, step):
     state |= {"loops": {"fit_loop": fit_loop}, "lr_schedulers": [scheduler], "recipe": recipe}
     save(state, run.checkpoints.at(step))
     environment = json.loads((run.path / "environment.json").read_text())
-    del environment["started"]
+    del environment["started"], environment["number"]
     (run.path / "environment.json").write_text(json.dumps(environment))
+    (run.path / "checksums.json").unlink()
     (run.path / "result.json").unlink()
     return run.path.rename(run.path.with_name("20250102-030405"))
 

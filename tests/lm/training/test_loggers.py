@@ -1,6 +1,8 @@
 """metrics.csv and TensorBoard: what a resumed run keeps, and how runs are compared."""
 
 import csv
+import errno
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -10,6 +12,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.lm.run.start import Start
 from mixerlab.lm.training.loggers import CSVMetrics, TensorBoard, compared
+from mixerlab.options import ConfigError
 
 
 def rows(path):
@@ -66,6 +69,37 @@ def test_a_resumed_run_drops_the_steps_that_it_repeats(path, tmp_path):
 
 def test_a_validation_that_is_repeated_is_dropped_too(path, tmp_path):
     assert resumed(path, tmp_path, validated=False) == [9.0, 9.5, 10.0, 10.1, 10.2]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '10,"train/loss,1.0',
+        "\xb2,train/loss,1.0",
+        "9,train/loss,x",
+        "\0\ufffd",
+        "9,a,b,c",
+        "9," + "a" * 200_000,
+    ],
+)
+def test_damaged_lines_are_dropped_alone(path, tmp_path, damage):
+    path.write_bytes(LINES.replace("9,valid/loss,9.5", damage).encode() + b"\xff\n")
+    CSVMetrics(path, Start(None, tmp_path, {"global_step": 10, "metrics": {"valid/loss": 10.5}}))
+    assert [float(row[2]) for row in rows(path)[1:]] == [9.0, 10.0, 10.1, 10.2, 10.5, 10.6]
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_file(path, tmp_path, monkeypatch):
+    path.write_text(LINES)
+
+    def full(self, text, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(
+        ConfigError, match=r"^[^\n]*metrics\.csv cannot be written: No space left on device[^\n]*$"
+    ):
+        CSVMetrics(path, Start(None, tmp_path, {"global_step": 10}))
+    assert path.read_text() == LINES
 
 
 def test_a_run_that_starts_anew_in_an_old_folder_drops_everything(path):
