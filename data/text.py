@@ -42,7 +42,8 @@ from mixerlab.options import option
 from mixerlab.sealed import damage
 
 FORMAT = 1
-"""Of the cache: raise it when the same settings and documents would give other files. No run of before goes on then."""
+"""Of the cache: raise it when the same settings and documents would give other files. Runs begun before it
+cannot be resumed then."""
 
 BATCH = 1 << 22
 """Characters that are tokenised at a time."""

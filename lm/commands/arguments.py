@@ -55,7 +55,7 @@ def _device(text: str) -> str:
     if (
         device is None
         or device.type not in ("cpu", "cuda")
-        or (device.index or 0) > torch.cuda.device_count()
+        or (device.type == "cuda" and (device.index or 0) >= max(1, torch.cuda.device_count()))
     ):
         raise argparse.ArgumentTypeError(f"{text}: expected cpu or cuda")
     return str(device)

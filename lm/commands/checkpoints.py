@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
             continue
         meta = read_meta(folder)
         megabytes = sum(size for size, _ in meta["files"].values()) / 1e6
-        loss = "" if meta["valid_loss"] is None else f", validation loss {meta['valid_loss']:.4f}"
+        loss = "" if meta.get("valid_loss") is None else f", validation loss {meta['valid_loss']:.4f}"
         kind = "one file" if list(meta["files"]) == ["state.ckpt"] else f"{len(meta['files'])} shards"
         print(f"{folder}: {kind}, {megabytes:.1f} MB, whole{loss}{', the best' if folder == best else ''}")
     return damaged

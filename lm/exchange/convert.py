@@ -24,11 +24,12 @@ from mixerlab.data.tokenizers import EOD_TOKENS, JsonTokenizer
 from mixerlab.lm.exchange.layouts import Published, published_name, read_model
 from mixerlab.lm.model.decoder import build_decoder
 from mixerlab.lm.recipe.check import check_recipe
+from mixerlab.lm.recipe.load import to_yaml
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.checkpoint import save
 from mixerlab.lm.run.folder import Run
 from mixerlab.options import ConfigError
-from mixerlab.sealed import sync
+from mixerlab.sealed import sync, write_file
 
 
 def read_weights(
@@ -238,7 +239,8 @@ def convert(folder: Path, run: Path) -> str:
         with _scratch(run) as scratch:
             whole = Run(scratch / "run")
             whole.checkpoints.folder.mkdir(parents=True)
-            whole.save_recipe(recipe)
+            # No checksum is noted of it: whoever trains further puts his data in.
+            write_file(whole.path / "recipe.yaml", to_yaml(recipe))
             whole.save_environment()
             if tokenizer is not None:
                 tokenizer.save(whole.path)

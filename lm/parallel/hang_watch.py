@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mixerlab.lm.parallel.processes import World, say
+from mixerlab.lm.parallel.processes import World, say, value_of
 
 NOTHING: list[Any] = [-1, 0, "starting"]
 """Of a rank that has published nothing yet."""
@@ -54,7 +54,7 @@ class HangWatch:
         there = [key for key in keys if self._store.check([key])]
         values = dict(zip(there, self._store.multi_get(there), strict=True))
         before = self._seen
-        self._seen = [json.loads(values[key]) if key in values else NOTHING for key in keys]
+        self._seen = [value_of(values[key], list) if key in values else NOTHING for key in keys]
         return self._seen != before
 
     def _report(self) -> None:
@@ -66,22 +66,24 @@ class HangWatch:
             text = f"error: no progress for {self.timeout:g} s: the others wait for {names}"
         else:
             text = f"error: no progress for {self.timeout:g} s on any rank, all of them {self._seen[me][2]}"
-        if me == 0 or me in behind:
-            say(
-                f"{text}. Raise strategy.timeout if that can take so long; continue with resume=auto. "
-                f"Where rank {me} stands:"
-            )
-            faulthandler.dump_traceback(file=2)
-            _say_what_nccl_waits_for()
-        time.sleep(2)  # so that every rank gets to say its part
-        self.world.end(1)
+        try:
+            if me == 0 or me in behind:
+                say(
+                    f"{text}. Raise strategy.timeout if that can take so long; continue with resume=auto. "
+                    f"Where rank {me} stands:"
+                )
+                faulthandler.dump_traceback(file=2)
+                _say_what_nccl_waits_for()
+        finally:
+            time.sleep(2)  # so that every rank gets to say its part
+            self.world.end(1)
 
     def _end_too(self, end: dict[str, Any]) -> None:
         time.sleep(2)  # for this rank to notice, and to say more
         if not self.world.closing:
             if self.world.rank == 0:
-                say(f"stopped: rank {end['rank']}: {end['why']}")
-            self.world.end(end["code"])
+                say(f"stopped: rank {end.get('rank')}: {end.get('why')}")
+            self.world.end(int(end.get("code", 1)))
 
     def _end_without_main(self) -> None:
         time.sleep(5)  # as above

@@ -56,7 +56,8 @@ class Interrupts:
     def __enter__(self) -> Self:
         """Takes over the signals. Output that cannot be written is dropped, and asks to end where it had a reader."""
         self._streams, self._handlers = (sys.stdout, sys.stderr), self.install()
-        sys.stdout, sys.stderr = (_Output(stream, self) for stream in self._streams)
+        # They are None where they were closed.
+        sys.stdout, sys.stderr = (stream and _Output(stream, self) for stream in self._streams)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -68,20 +69,20 @@ class Interrupts:
         """Takes over the signals that are not ignored, as by nohup; returns who had them."""
         if threading.current_thread() is not threading.main_thread():
             return {}
-        heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN or s == signal.SIGINT]
+        heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         return {signum: signal.signal(signum, self._note) for signum in heard}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGHUP and not self.has_reader:
             return  # the log is a file, which has outlived the terminal
         # One that follows at once is the same, by way of the process group and of the parent.
-        if self.received and time.monotonic() - self._when > 1:
+        if self.received not in (0, READER_GONE) and time.monotonic() - self._when > 1:
             os._exit(128 + signum)
         self.ask(signum)
 
     def ask(self, signum: int) -> None:
         """Notes a request. Raises InterruptedRun in the main thread, unless training has begun."""
-        if self.received:
+        if self.received and (self.received != READER_GONE or signum == READER_GONE):
             return
         self.received, self._when = signum, time.monotonic()
         if not self.in_steps:

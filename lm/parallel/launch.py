@@ -91,15 +91,10 @@ def _found(strategy: StrategyConfig, command: Sequence[str]) -> World:
 
 def _main_process(devices: int, command: Sequence[str]) -> World:
     """Rank 0, once it has started the others. The store is within reach of this machine alone."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    store = dist.TCPStore(
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    store = _local_store()
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(devices)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(devices)}
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     world = World(0, 0, devices, 1, LightningEnvironment())
     for rank in range(1, devices):
@@ -109,6 +104,17 @@ def _main_process(devices: int, command: Sequence[str]) -> World:
     threading.Thread(target=_end_with_children, args=[world], daemon=True).start()
     _meet(world, store)
     return world
+
+
+def _local_store(port: int = 0) -> dist.TCPStore:
+    """A store that takes connections from this machine alone; port 0 is a free one."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def _further_process(devices: int) -> World:
@@ -153,20 +159,21 @@ def _join(
         raise ConfigError(
             f"strategy.num_nodes = {strategy.num_nodes}: {starter} started processes on {nodes} machines"
         )
-    if size == 1:
-        return World()
-    rank = environment.global_rank()
-    world = World(rank, environment.local_rank(), devices, nodes, environment)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": environment.main_address,
-        "MASTER_PORT": str(environment.main_port),
-    }
-    store = _connection(world)
+    world = World()
+    if size > 1:
+        rank = environment.global_rank()
+        world = World(rank, environment.local_rank(), devices, nodes, environment)
+        address = "127.0.0.1" if starter == "SLURM" and nodes == 1 else environment.main_address
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(environment.main_port)}
+    elif starter == "SLURM":
+        return world
+    is_local = starter == "SLURM" and nodes == 1 and world.rank == 0
+    store = _local_store(environment.main_port) if is_local else _connection(world)
     if starter == "torchrun":
         world.lasting_store = dist.PrefixStore("mixerlab", store)
-    _meet(world, store)
+    if size > 1:
+        _meet(world, store)
     return world
 
 

@@ -47,7 +47,7 @@ class Channel:
         keys = [f"{self._rounds}/{rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], json.dumps(value))
         wait_for(self._store, keys)
-        values = [_value(text) for text in self._store.multi_get(keys)]
+        values = [value_of(text) for text in self._store.multi_get(keys)]
         if self._rounds:  # whose values all have read who have come here
             self._store.delete_key(f"{self._rounds - 1}/{self.rank}")
         self._rounds += 1
@@ -74,13 +74,14 @@ def _there(store: dist.Store, keys: Sequence[str]) -> bool:
         raise LostProcessError("rank 0, which all processes meet at, has ended") from None
 
 
-def _value(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise LostProcessError(
-            "the store at which the processes meet holds what no process of this run has written"
-        ) from None
+def value_of(text: bytes, kind: type = object) -> Any:
+    """What a rank has written into the store. Raises LostProcessError if it is not of that kind."""
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), kind):
+            return value
+    raise LostProcessError(
+        "the store at which the processes meet holds what no process of this run has written"
+    )
 
 
 @dataclass
@@ -117,7 +118,9 @@ class World:
         self.is_at(doing)
 
     def is_at(self, doing: str) -> None:
-        """A sign of life from within such a thing, of any rank, with what it does now."""
+        """A sign of life from within such a thing, of any rank, with what it does now. Raises InterruptedRun."""
+        if not self.interrupts.in_steps:
+            self.interrupts.check()  # one may have come where it could not be raised
         self.signs += 1
         self.doing = doing
 
@@ -160,7 +163,7 @@ class World:
         self.moved("waiting for rank 0")
         wait_for(self.store, [key])
         self.is_at(doing)
-        reply = _value(self.store.get(key))
+        reply = value_of(self.store.get(key), dict)
         if "problem" in reply:
             self.all_raised = True
             raise (UserError if reply["is_ours"] else LostProcessError)(reply["problem"])
@@ -222,8 +225,8 @@ class World:
         store = self.store if store is None else store
         if store is None or not store.check(["end"]):
             return None
-        end = _value(store.get("end"))
-        return end if end["rank"] != self.rank else None
+        end = value_of(store.get("end"), dict)
+        return end if end.get("rank") != self.rank else None
 
     def lost(self) -> str | None:
         """Which other process has failed or was killed, in words; waits a moment for the news."""
@@ -255,6 +258,8 @@ class World:
                     wait_for(self.store, keys, timedelta(seconds=60))
         if dist.is_initialized() and not failed:
             dist.destroy_process_group()
+        if failed and self.rank == 0 and self.nodes > 1 and self.lasting_store is None:
+            time.sleep(3)  # the others read in the store, which ends with this process, why they end
         for child in self.children:
             try:
                 child.wait(timeout=5 if failed else 60)

@@ -163,7 +163,7 @@ def _piece(value: Any, name: str, module: nn.Module) -> Any:
 def _like(value: Any, parameter: Tensor, in_memory: bool = False) -> Any:
     """What of a saved tensor belongs into `parameter`'s shard, if it has the parameter's shape.
 
-    On the CPU it is a view of the file, to be copied, or a copy where it shall be in memory.
+    On the CPU it may be a view of the file; what of a shard shall be `in_memory` is a copy.
     """
     if not isinstance(value, (Tensor, Pieces)):
         return value

@@ -88,9 +88,18 @@ def _is_saved(path: Path) -> bool:
     )
 
 
-LONGEST_SAVED, MOST_BRACKETS = 10**5, 500
+LONGEST_SAVED, MOST_BRACKETS = 10**6, 500
 """Bytes of a saved recipe, and brackets that open in it; of ours some thousand and a few dozen. PyYAML takes time that
 grows faster than their square."""
+
+
+def too_odd(text: str) -> str | None:
+    """Why a saved recipe of this text would not be read again, or None."""
+    if len(text.encode()) > LONGEST_SAVED:
+        return f"it has over {LONGEST_SAVED} bytes"
+    if text.count("[") + text.count("{") > MOST_BRACKETS:
+        return f"it has over {MOST_BRACKETS} brackets"
+    return None
 
 
 def read_saved(path: Path, allow_plugins: bool = False) -> dict[str, Any]:
@@ -99,17 +108,14 @@ def read_saved(path: Path, allow_plugins: bool = False) -> dict[str, Any]:
     Raises ConfigError where it is damaged, holds what training never writes, or names plug-ins that are not allowed.
     """
     try:
-        if path.stat().st_size > LONGEST_SAVED:
-            raise ConfigError(f"{path}: it has over {LONGEST_SAVED} bytes, so it is no recipe of a run")
-        text = read_noted(path)
+        # Before it is read: it may be larger than the memory.
+        text = "" if path.stat().st_size > LONGEST_SAVED else read_noted(path)
     except OSError as error:
         raise ConfigError(f"{path}: it cannot be read: {error.strerror}") from None
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if text.count("[") + text.count("{") > MOST_BRACKETS:
-        raise ConfigError(f"{path}: it has over {MOST_BRACKETS} brackets, so it is no recipe of a run")
+    if problem := too_odd(text) if text else f"it has over {LONGEST_SAVED} bytes":
+        raise ConfigError(f"{path}: {problem}, so it is no recipe of a run")
     if _has_aliases(text):  # a few of which can stand for more than any memory holds
         raise ConfigError(f"{path}: it has YAML aliases, which a run's recipe does not")
     raw = _mapping(path, text)

@@ -123,7 +123,8 @@ UNLABELLED = tuple(
     f"{key}."
     for key in (
         *("name", "label", "resume", "plugins", "logging", "strategy"),
-        *("data.cache_dir", "trainer.num_workers", "trainer.max_time"),
+        *("data.cache_dir", "data.verify_cache", "data.num_proc"),
+        *("trainer.num_workers", "trainer.max_time", "trainer.async_checkpoint"),
     )
 )
 """Keys that say where and how a run trains, and do not tell one of an ablation from another."""

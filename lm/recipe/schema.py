@@ -97,7 +97,9 @@ class TrainerConfig:
     )
     batch_size: int = option(16, "rows per device and micro-batch", min=1)
     accumulate: int = option(
-        1, "micro-batches per optimiser step; with trainer.rows_per_step left at 1, it follows", min=1
+        1,
+        "micro-batches per optimiser step; leave it at 1 with trainer.rows_per_step, from which it follows",
+        min=1,
     )
     rows_per_step: int | None = option(
         None,

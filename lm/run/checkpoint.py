@@ -22,7 +22,16 @@ from torch.utils.serialization import config as serialization
 
 from mixerlab import sealed
 from mixerlab.lm.run.shards import Pieces, cut, is_cut, joined
-from mixerlab.lm.run.writer import NOTED, STATE, CheckpointError, Gather, Writer, alone, publish, shard_name
+from mixerlab.lm.run.writer import (
+    ADDED_LATER,
+    STATE,
+    CheckpointError,
+    Gather,
+    Writer,
+    alone,
+    publish,
+    shard_name,
+)
 from mixerlab.options import first_line, with_new_names
 
 __all__ = [
@@ -185,7 +194,7 @@ def note_validation(folder: Path, valid_loss: float | None, metrics: dict[str, f
 def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte of it; several ranks share the files out.
 
-    Of as many files as ranks each reads the one that it goes on with.
+    Of as many files as ranks each reads one.
     """
     problem = sealed.damage(folder, checksums=False)
     if problem is None:
@@ -247,7 +256,7 @@ def read(folder: str | Path, whole: bool = True) -> dict[str, Any]:
     except Exception as error:  # the files may hold anything
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise CheckpointError(f"checkpoint {folder} is not what training writes: {reason}") from None
-    return {**state, **{key: meta[key] for key in NOTED if meta.get(key) is not None}}
+    return {**state, **{key: meta[key] for key in ADDED_LATER if meta.get(key) is not None}}
 
 
 def _is_weight(item: tuple[Any, Any]) -> bool:

@@ -31,7 +31,7 @@ from mixerlab.data import DataError, TextTokenizer, load_tokenizer
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.model.generation import stream_texts
 from mixerlab.lm.recipe.check import for_any_devices
-from mixerlab.lm.recipe.files import read_saved
+from mixerlab.lm.recipe.files import read_saved, too_odd
 from mixerlab.lm.recipe.load import differing_keys, load_saved, to_yaml
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.checkpoint import Checkpoints, read
@@ -123,7 +123,12 @@ class Run:
 
     def save_recipe(self, recipe: Recipe) -> None:
         """Writes the recipe that, trained, repeats the run: without `resume`."""
-        self._write("recipe.yaml", to_yaml(recipe))
+        text = to_yaml(recipe)
+        if problem := too_odd(text):
+            raise ConfigError(
+                f"the recipe of {self.path} could not be read again: {problem}; name files by a glob, shorten texts"
+            )
+        self._write("recipe.yaml", text)
         self.__dict__.pop("recipe", None)
 
     def save_environment(self) -> None:

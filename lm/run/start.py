@@ -10,7 +10,7 @@ from mixerlab.data import DataModule
 from mixerlab.lm.recipe.files import read_saved
 from mixerlab.lm.recipe.load import differing_keys
 from mixerlab.lm.recipe.schema import HORIZONS, Recipe
-from mixerlab.lm.run.checkpoint import read_meta
+from mixerlab.lm.run.checkpoint import find_damage, read_meta, step_of
 from mixerlab.lm.run.folder import NAMES, Run, runs_of, writing
 from mixerlab.lm.run.weights import check_model
 from mixerlab.options import ConfigError, plain, show, with_new_names
@@ -107,7 +107,7 @@ class Start:
         if checkpoint is None:
             return self
         check_model(checkpoint, recipe)
-        return replace(self, checkpoint=checkpoint, meta=_checked_meta(checkpoint))
+        return replace(self, checkpoint=checkpoint, meta=read_meta(checkpoint))
 
     def finish(self, steps: int) -> bool:
         """Whether the run was only killed between its last checkpoint and its result, which it gets now."""
@@ -142,7 +142,15 @@ class Start:
     def _go_on(
         self, run: Run, recipe: Recipe, data: DataModule, steps: int, devices: int, say: Callable[[str], None]
     ) -> None:
+        if any(step_of(folder) > self.step and not find_damage(folder) for folder in run.checkpoints.all()):
+            raise ConfigError(
+                f"run folder {run.path}: another process has trained it further meanwhile; start again"
+            )
         _check_continuation(self, run, data, steps)
+        if data.tokenizer and run.has_tokenizer and run.tokenizer().pieces != data.tokenizer.pieces:
+            raise ConfigError(
+                f"run folder {run.path}: its tokenizer is not the one that the data have now; start a new run"
+            )
         _check_rows(run, self.meta.get("rows_per_step"), recipe, devices)
         say(f"continuing {run.path} after step {self.step}")
         for key, old, new in run.differences(recipe):
@@ -150,23 +158,6 @@ class Start:
         run.reopen()
         run.checkpoints.set_aside_after(self.step)
         run.save_recipe(replace(recipe, label=run.recipe.label))  # that of the folder
-
-
-def _checked_meta(checkpoint: Path) -> dict[str, Any]:
-    """meta.json of a checkpoint, whose values may be a stranger's. Raises ConfigError."""
-    meta = read_meta(checkpoint)
-    kinds: dict[str, Any] = {
-        "global_step": int,
-        "rows_per_step": (int, type(None)),
-        "row_order": (int, type(None)),
-        "metrics": (dict, type(None)),
-    }
-    for key, kind in kinds.items():
-        if not isinstance(meta.get(key), kind):
-            raise ConfigError(
-                f"checkpoint {checkpoint}: {key} = {show(meta.get(key))} in its meta.json is none"
-            )
-    return meta
 
 
 def _find_run(recipe: Recipe) -> tuple[Run | None, str | None]:

@@ -22,7 +22,7 @@ Gather = Callable[[Any], list[Any]]
 
 STATE = "state.ckpt"
 
-NOTED = ("valid_loss", "metrics")
+ADDED_LATER = ("valid_loss", "metrics")
 """What a validation after the checkpoint was written may add, in meta.json alone."""
 
 PATIENCE = 60.0
@@ -191,7 +191,8 @@ def publish(
     def finish() -> None:
         head = next(tree for name, tree in files.items() if name.startswith((STATE, "shard-0-")))
         notes = {
-            key: head.get(key) for key in ("global_step", *NOTED, "rows_per_step", "row_order", "recipe")
+            key: head.get(key)
+            for key in ("global_step", *ADDED_LATER, "rows_per_step", "row_order", "recipe")
         }
         sizes = {name: size for part in written for name, size in part.items()}
         sealed.seal(temporary, folder.name, sizes, **notes)

@@ -3,6 +3,7 @@
 Lightning's batch is an optimiser step here, so every `on_train_batch_end` is the end of a step.
 """
 
+import logging
 import math
 import resource
 import sys
@@ -24,6 +25,8 @@ from mixerlab.lm.run.folder import Run
 from mixerlab.lm.run.writer import CheckpointError, Writer
 from mixerlab.lm.training.loggers import TensorBoard
 from mixerlab.lm.training.module import Batch, LanguageModel
+
+log = logging.getLogger("mixerlab")
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets."""
@@ -138,8 +141,7 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Before a validation that is made up for, which comes when training starts, or alone.
         self._saved = trainer.global_step
-        if (best := self.checkpoints.best()) is not None:
-            self.best = read_meta(best)["valid_loss"]
+        self.best = self.world.ask_main(self._best_loss)  # a disk may look otherwise to another machine
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *args: Any) -> None:
         step = trainer.global_step
@@ -197,8 +199,15 @@ class Checkpoints(Checkpoint):
             raise CheckpointError(f"{folder}: its validation cannot be noted: {error.strerror}") from None
         self._prune()
 
+    def _best_loss(self) -> float:
+        best = self.checkpoints.best()
+        return math.inf if best is None else read_meta(best)["valid_loss"]
+
     def _prune(self) -> None:
-        self.checkpoints.prune(self.config.keep_checkpoints)
+        try:
+            self.checkpoints.prune(self.config.keep_checkpoints)
+        except OSError as error:
+            log.warning("old checkpoints cannot be deleted: %s", error)
 
 
 class PendingValidation(Callback):

@@ -44,7 +44,7 @@ class Interruptions(Callback):
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        self.world.interrupts.in_steps = False
+        self.world.interrupts.speaks = False  # what is left takes no time, so requests stay noted
         _end_loading_processes(self._others)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *args: Any) -> None:

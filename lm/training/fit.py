@@ -116,9 +116,13 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
         say(f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one")
         if start.passed_over:
             say(start.passed_over)
-    if start.run is not None and start.run.is_finished and (earlier or recipe.resume == "auto"):
-        say("this run is finished; to train it further raise its horizon, to repeat it leave out resume=auto")
-        report(start.run, "", console)
+    if start.run is not None and world.ask_main(lambda: _is_done(start, recipe, earlier)):
+        say(
+            f"this run is finished; to train it further: resume={start.run.path} with a longer horizon; to repeat it "
+            "leave out resume=auto"
+        )
+        if world.rank == 0:
+            report(start.run, "", console)
         return start.run
     if start.run is not None:
         world.moved("verifying the checkpoint")
@@ -148,9 +152,11 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
     steps = count_steps(recipe, len(data.train_dataset()), data.seq_len, world.size)
     if world.ask_main(lambda: start.finish(steps)):
         assert start.run is not None
-        report(start.run, "", console)
+        if world.rank == 0:
+            report(start.run, "", console)
         return start.run
     # Made before anything is written: it may fail, and the run that goes on stays as it was.
+    world.moved("making the model")
     decoder = make_decoder(recipe, data.vocab_size, make_mesh(recipe.strategy, world, device.type))
     run = Run(world.ask_main(lambda: str(start.open(recipe, data, steps, world.size, say).path)))
     if world.rank == 0:
@@ -167,6 +173,10 @@ def _earlier_run(world: World) -> str | None:
     """The run folder that torchrun's last attempt trained, if there is something in it to go on with."""
     path = world.earlier_run
     return path if path is not None and Run(path).checkpoints.all() else None
+
+
+def _is_done(start: Start, recipe: Recipe, earlier: str | None) -> bool:
+    return start.run is not None and start.run.is_finished and bool(earlier or recipe.resume == "auto")
 
 
 def _device(recipe: Recipe, world: World) -> torch.device:
@@ -247,6 +257,7 @@ def _fit(t: Training) -> None:
     loaders = Loaders(data, recipe.trainer, recipe.seed, t.start.step, world, order)
     # Lightning's handlers would end the run without a checkpoint, or wait for ranks that got no signal.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    world.moved("reading the checkpoint")
     with interruptions:
         try:
             if t.start.step < t.steps:
@@ -255,7 +266,7 @@ def _fit(t: Training) -> None:
                 trainer.validate(
                     module, datamodule=loaders, ckpt_path=t.start.checkpoint, verbose=False, weights_only=True
                 )
-        except SystemExit:  # what Lightning makes of Ctrl-C
+        except SystemExit:  # what Lightning makes of KeyboardInterrupt
             raise KeyboardInterrupt from None
         except Exception as error:
             if is_out_of_memory(error):

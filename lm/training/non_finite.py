@@ -66,7 +66,7 @@ class NonFiniteSteps:
                 checkpoints: Any = trainer.checkpoint_callback
                 if checkpoints is not None:
                     checkpoints.wait()  # it may be the one of the step before that is being written
-                if not (before := self.run.checkpoints.at(step - 1)).exists():
+                if not self.world.ask_main((before := self.run.checkpoints.at(step - 1)).exists):
                     trainer.save_checkpoint(before)
             except CheckpointError as error:
                 text += f"; {error}"

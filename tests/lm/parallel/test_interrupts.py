@@ -16,6 +16,7 @@ from mixerlab.lm.parallel.interrupts import (
     has_reader,
     reason,
 )
+from mixerlab.lm.parallel.processes import World
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -60,6 +61,32 @@ def test_a_request_from_another_thread_waits_to_be_asked_for():
     thread.join()
     with pytest.raises(InterruptedRun, match="nobody reads the output"):
         interrupts.check()
+
+
+def test_a_reader_that_has_gone_is_no_first_signal():
+    with Interrupts() as interrupts:
+        interrupts.in_steps = True
+        interrupts.ask(READER_GONE)
+        interrupts._when -= 10
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.received == signal.SIGTERM
+
+
+def test_a_sign_of_life_raises_what_could_not_be_raised_where_it_came():
+    world = World()
+    world.is_at("tokenising")
+    world.interrupts.received = READER_GONE
+    with pytest.raises(InterruptedRun):
+        world.is_at("tokenising")
+    world.interrupts.in_steps = True
+    world.is_at("in step 1")
+
+
+def test_closed_streams_stay_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with Interrupts():
+        assert sys.stdout is None
+        print("to nobody")
 
 
 def test_a_request_is_no_exception_that_a_library_would_take_for_its_own():

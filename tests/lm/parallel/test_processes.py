@@ -1,5 +1,6 @@
 """The processes of a run: started by whomever, agreeing, and ended together."""
 
+import json
 import os
 import pickle
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,14 +64,17 @@ LanguageModel.training_step = die
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [DDP, FSDP])
-def test_a_restart_by_torchrun_goes_on_with_its_run(tmp_path, unequal, strategy):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    mishap = plugin(tmp_path, DIES_ONCE)
-    arguments = [*unequal, *strategy, *layout(2, 2)[1:], "trainer.steps=8", "trainer.checkpoint_every=2"]
-    out, _ = finish(start(*arguments, "plugins=[mishap]", launcher=launcher, **mishap))
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, DDP), (2, DDP), (2, FSDP)])
+def test_a_restart_by_torchrun_goes_on_with_its_run(tmp_path, unequal, ranks, strategy):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    mishap = plugin(tmp_path, DIES_ONCE.replace("rank == 1", f"rank == {ranks - 1}"))
+    sizes = layout(ranks, 4 // ranks)
+    arguments = [*unequal, *strategy, *sizes[1:], "trainer.steps=8", "trainer.checkpoint_every=2"]
+    out, _ = finish(
+        start(*arguments, "plugins=[mishap]", launcher=[*launcher, "--max-restarts", "1"], **mishap)
+    )
     assert "after step 4" in out
-    finish(start(*arguments, *layout(2, 2)))
+    finish(start(*arguments, *sizes))
     whole, restarted = sorted(
         run_dirs(tmp_path), key=lambda run: "plugins" in (run / "recipe.yaml").read_text()
     )
@@ -283,8 +288,10 @@ def test_a_stranger_who_writes_into_the_store_runs_nothing(tmp_path):
     world = World(1, 1, devices=2, store=store)
     store.set("answer/0", pickle.dumps(Code(mark)))
     store.set("end", pickle.dumps(Code(mark)))
+    store.set("answer/1", json.dumps([1, 2]))
     dist.PrefixStore("channel/main", store).set("0/0", pickle.dumps(Code(mark)))
-    for read in (lambda: world.ask_main(pytest.fail), world.told_end, lambda: world.gather(0)):
+    ask = partial(world.ask_main, pytest.fail)
+    for read in (ask, ask, world.told_end, partial(world.gather, 0)):
         with pytest.raises(LostProcessError, match="no process of this run has written"):
             read()
     assert not mark.exists()

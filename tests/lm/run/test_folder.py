@@ -186,6 +186,15 @@ def test_damaged_lines_of_the_metrics_are_skipped(recipe, line):
     assert run.metrics()["train/loss"].to_dict() == {9: 2.0}
 
 
+@pytest.mark.parametrize("prompt", ["[" * 501, "x" * 10**6])
+def test_a_recipe_that_could_not_be_read_again_starts_no_run(recipe, tmp_path, prompt):
+    made = recipe()
+    made.logging.sample_prompt = prompt
+    with pytest.raises(ConfigError, match="could not be read again: it has over"):
+        Run.create(made)
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
 @pytest.mark.parametrize("name", ["recipe.yaml", "environment.json", "data.fingerprint", "result.json"])
 def test_a_full_disk_leaves_the_file_as_it_was_and_is_said_in_one_line(recipe, monkeypatch, name):
     run = Run.create(recipe())

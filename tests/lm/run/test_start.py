@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mixerlab.data.tokenizers import ByteTokenizer
 from mixerlab.lm.recipe.check import for_devices
 from mixerlab.lm.run import start as start_module
 from mixerlab.lm.run.checkpoint import read_meta
@@ -23,7 +24,7 @@ from tiny_runs import TINY, interrupt, run_dirs
 @pytest.fixture
 def data():
     """As much of a data module as a start looks at."""
-    return SimpleNamespace(fingerprint="abc", save_tokenizer=lambda folder: None)
+    return SimpleNamespace(fingerprint="abc", tokenizer=None, save_tokenizer=lambda folder: None)
 
 
 def test_without_resume_nothing_is_continued(make_run, recipe):
@@ -316,6 +317,29 @@ def test_a_run_with_rows_a_step_goes_on_on_other_devices_unedited(make_run, reci
     assert said == [f"continuing {run.path} after step 5"]
     saved = Run(run.path).recipe.trainer
     assert (saved.rows_per_step, saved.accumulate) == (8, 1)
+
+
+def test_what_another_process_has_trained_meanwhile_is_not_thrown_away(make_run, recipe, data):
+    run = make_run(step=5)
+    begin = Start.find(recipe("resume=auto"))
+    shutil.copytree(make_run(step=10).checkpoints.at(10), run.checkpoints.at(10))
+    with pytest.raises(ConfigError, match="another process has trained it further meanwhile"):
+        begin.open(recipe("resume=auto"), data, 20, 1)
+    assert run.checkpoints.last() == run.checkpoints.at(10)
+
+
+def test_a_tokenizer_that_is_another_under_the_same_data_is_refused(make_run, recipe, data):
+    run = make_run()
+    run.save_data_fingerprint("abc")
+    data.tokenizer = ByteTokenizer()
+    data.tokenizer.save(run.path)
+    before = (run.path / "tokenizer_config.json").read_bytes()
+    begin = Start.find(recipe("resume=auto"))
+    begin.open(recipe("resume=auto"), data, 20, 1).release()
+    data.tokenizer.pieces = [*data.tokenizer.pieces, b"more"]
+    with pytest.raises(ConfigError, match="its tokenizer is not the one that the data have now"):
+        begin.open(recipe("resume=auto"), data, 20, 1)
+    assert (run.path / "tokenizer_config.json").read_bytes() == before
 
 
 def test_other_data_are_refused(make_run, recipe, data):
