@@ -139,6 +139,8 @@ class TextConfig:
                     has_columns = has_columns or not set(TABLE_SUFFIXES).isdisjoint(_examples(pattern))
         if self.source == "hf" and self.dataset is None:
             yield "dataset", "source = hf needs the name of a dataset"
+        if self.dataset == "pandas":
+            yield "dataset", "the library's own reader of that name unpickles files; expected owner/name"
         if has_columns and self.column is None:
             yield "column", "the name of the column that holds the text is needed"
         if self.tokenizer == "bpe" and self.vocab_size <= 257:

@@ -42,6 +42,10 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         ({"name": "text", "seq_len": 0}, "data.seq_len = 0: expected at least 1"),
         ({"name": "text", "valid_fraction": 1}, "data.valid_fraction = 1: expected above 0 and below 1"),
         ({"name": "text", "source": "hf"}, "data.dataset = null: source = hf needs the name of a dataset"),
+        (
+            {"name": "text", "source": "hf", "dataset": "pandas", "column": "text"},
+            "data.dataset = 'pandas': the library's own reader of that name unpickles files; expected owner/name",
+        ),
     ],
 )
 def test_a_wrong_spec_is_one_line_that_says_what_would_be_right(spec, message):

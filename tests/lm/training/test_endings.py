@@ -219,9 +219,16 @@ TextData.prepare = slow
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize("to_all", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "signum", "to_all"),
+    [
+        (1, signal.SIGTERM, False),
+        (1, signal.SIGINT, False),
+        (2, signal.SIGUSR1, False),
+        (2, signal.SIGINT, False),
+        (2, signal.SIGINT, True),
+    ],
+)
 def test_before_the_first_step_a_signal_ends_all_processes_at_once(tmp_path, unequal, ranks, signum, to_all):
     mishap = plugin(tmp_path, SLOW_START)
     process = start(
