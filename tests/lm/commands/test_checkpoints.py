@@ -55,7 +55,7 @@ def test_rewriting_needs_the_lock(run, capsys):
 
 def test_damage_in_other_files_of_the_run_is_listed_too(run, capsys):
     run.save_data_fingerprint("abc")
-    (run.path / "data.fingerprint").write_text("abd")
+    (run.path / "data.fingerprint").write_text("abx")
     assert main(["checkpoints", str(run.path)]) == 1
     out = capsys.readouterr().out
     assert f"damaged: {run.path / 'data.fingerprint'} is not what was written there" in out
