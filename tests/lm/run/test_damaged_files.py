@@ -16,7 +16,7 @@ def _quiet(caplog):
 
 
 @pytest.mark.parametrize("is_finished", [False, True], ids=["unfinished", "finished"])
-@pytest.mark.parametrize("flips", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [3, pytest.param(25, marks=pytest.mark.slow)])
 def test_each_is_found_or_harmless(options, is_finished, flips):
     counts = survey(a_run(options, is_finished), options, flips)
     assert {"recipe.yaml", "tokenizer.json", "environment.json", "checksums.json"} <= set(counts)
@@ -25,7 +25,7 @@ def test_each_is_found_or_harmless(options, is_finished, flips):
         assert kinds["harmless" if name.startswith(UNNOTED) else "found"] >= 0.6 * flips, (name, kinds)
 
 
-@pytest.mark.parametrize("flips", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [3, pytest.param(25, marks=pytest.mark.slow)])
 def test_without_checksums_nothing_but_messages_comes_of_them(options, flips):
     run = a_run(options)
     (run / "checksums.json").unlink()  # as in a run of an older version
