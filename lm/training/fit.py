@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.markup import escape
 
-from mixerlab.data import DataError, DataModule, build_data
+from mixerlab.data import DataModule
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.model.match import sized
 from mixerlab.lm.model.precision import precision_plugin
@@ -33,7 +33,6 @@ from mixerlab.lm.parallel.strategies import lightning_strategy
 from mixerlab.lm.recipe.check import for_devices
 from mixerlab.lm.recipe.load import Overrides, load_recipe, to_yaml
 from mixerlab.lm.recipe.schema import Recipe
-from mixerlab.lm.run.checkpoint import CheckpointError
 from mixerlab.lm.run.folder import Run
 from mixerlab.lm.run.start import Start
 from mixerlab.lm.training.batches import ROW_ORDER, Loaders
@@ -49,6 +48,7 @@ from mixerlab.lm.training.diagnosis import OutOfMemoryError, is_out_of_memory, m
 from mixerlab.lm.training.endings import Interruptions
 from mixerlab.lm.training.loggers import CSVMetrics, TensorBoard, compared
 from mixerlab.lm.training.module import LanguageModel
+from mixerlab.lm.training.prepare import find_start, prepare_data
 from mixerlab.lm.training.progress import StepProgress
 from mixerlab.options import ConfigError
 
@@ -107,48 +107,14 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
     device = _device(recipe, world)
     world.ask_main(lambda: for_devices(recipe, world.size).trainer.accumulate)  # said once if it cannot be
     recipe = for_devices(recipe, world.size)
-    world.moved("looking for the run to continue")
-    if earlier := world.ask_main(lambda: _earlier_run(world)):
-        recipe = replace(recipe, resume=earlier)
-    start = Start.from_plain(world.ask_main(lambda: Start.find_run(recipe).plain()))
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    if start.run is None and recipe.resume == "auto":
-        say(f"resume=auto: no unfinished run of {recipe.name} with this recipe; starting a new one")
-        if start.passed_over:
-            say(start.passed_over)
-    if start.run is not None and world.ask_main(lambda: _is_done(start, recipe, earlier)):
-        say(
-            f"this run is finished; to train it further: resume={start.run.path} with a longer horizon; to repeat it "
-            "leave out resume=auto"
-        )
+    start, is_done = find_start(recipe, world, say)
+    if is_done:
+        assert start.run is not None
         if world.rank == 0:
             report(start.run, "", console)
         return start.run
-    if start.run is not None:
-        world.moved("verifying the checkpoint")
-        try:
-            last = start.run.checkpoints.last(world.rank, world.size, world.gather)
-        except CheckpointError:
-            world.all_raised = True
-            raise
-        start = Start.from_plain(world.ask_main(lambda: start.at(last, recipe).plain()))
-    data = build_data(recipe.data, recipe.seed)
-    data.report = world.is_at
-    world.moved("preparing the data")
-    data.prepared = world.ask_main(lambda: _prepare(data))
-    if world.rank and world.local_rank == 0:
-        data.prepare()  # on this machine, unless the cache's folder is shared
-    world.gather(None)
-    world.moved("connecting")
-    world.connect(device, recipe.strategy)
-    if world.rank:
-        data.setup()
-    others = [rank for rank, found in enumerate(world.gather(data.fingerprint)) if found != data.prepared]
-    if others:
-        world.all_raised = True
-        raise DataError(
-            f"data: rank {others[0]} found other data than rank 0; expected the same documents on all machines"
-        )
+    data = prepare_data(recipe, world, device)
     steps = count_steps(recipe, len(data.train_dataset()), data.seq_len, world.size)
     if world.ask_main(lambda: start.finish(steps)):
         assert start.run is not None
@@ -169,16 +135,6 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
     return run
 
 
-def _earlier_run(world: World) -> str | None:
-    """The run folder that torchrun's last attempt trained, if there is something in it to go on with."""
-    path = world.earlier_run
-    return path if path is not None and Run(path).checkpoints.all() else None
-
-
-def _is_done(start: Start, recipe: Recipe, earlier: str | None) -> bool:
-    return start.run is not None and start.run.is_finished and bool(earlier or recipe.resume == "auto")
-
-
 def _device(recipe: Recipe, world: World) -> torch.device:
     """This rank's device, made ready. Raises ConfigError."""
     if world.ask_main(lambda: device_kind(recipe.strategy)) == "cpu":
@@ -195,16 +151,6 @@ def _device(recipe: Recipe, world: World) -> torch.device:
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _prepare(data: DataModule) -> str:
-    """All that can go wrong with the data, on one rank, so that it is said once; returns their fingerprint."""
-    data.prepare()
-    data.setup()
-    for name, rows in {"the training split": data.train_dataset(), **data.val_datasets()}.items():
-        if not len(rows):
-            raise DataError(f"data: {name} has no rows; expected at least one")
-    return data.fingerprint
 
 
 def count_steps(recipe: Recipe, n_rows: int, seq_len: int, n_devices: int = 1) -> int:
