@@ -64,7 +64,7 @@ class Digests:
             # The time of the last change of its entry tells files apart whose time of modification was set.
             look = f"\0{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\0"
             listing.update(os.fsencode(name) + look.encode())
-            newest = max(newest, found.st_mtime_ns, found.st_ctime_ns)
+            newest = max(newest, found.st_mtime_ns)
             if number % 10_000 == 0:
                 self.report("looking for the documents")
         return listing.hexdigest(), newest

@@ -91,7 +91,7 @@ def _resumed(options, resume):
     is_over = start.run is not None and start.run.is_finished and resume == "auto"
     if is_over or start.finish(20):
         return "finished"
-    data: Any = SimpleNamespace(fingerprint=FINGERPRINT, save_tokenizer=lambda folder: None)
+    data: Any = SimpleNamespace(fingerprint=FINGERPRINT, tokenizer=None, save_tokenizer=lambda folder: None)
     run = start.open(recipe, data, steps=20, devices=1, say=lambda text: None)
     try:
         CSVMetrics(run.path / "metrics.csv", start)

@@ -146,6 +146,7 @@ def test_the_rank_whose_module_made_the_number_is_named_and_not_one_whose_gradie
     steps = handler(tmp_path, options, devices=2)
     names = ["the gradient of the parameter norm.weight", "the output of blocks.1.mixer"]
     steps.world.gather = lambda name: names
+    steps.world.ask_main = lambda question: question()
     trainer = fake_trainer(6, save_checkpoint=lambda folder: None)
     with pytest.raises(
         NonFiniteError,
