@@ -322,7 +322,7 @@ def end_by(what: str, strategy: str, folder: Path, draw: random.Random) -> Trial
         read, write = pty.openpty()
         options |= {
             "stdin": write,
-            "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            "preexec_fn": take_terminal,
         }  # so it hangs up
     else:
         read, write = os.pipe()
@@ -349,6 +349,12 @@ def end_by(what: str, strategy: str, folder: Path, draw: random.Random) -> Trial
     if not good:
         print(f"{what}, {strategy}, step {step}: exit code {code}", file=sys.stderr)
     return Trial(strategy, ENDS[what], good)
+
+
+def take_terminal() -> None:
+    """Makes the standard input this process's terminal, which hangs up when it goes; nohup may have had that ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def read_until(descriptor: int, pattern: str) -> None:

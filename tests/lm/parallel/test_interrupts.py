@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 
@@ -108,7 +109,8 @@ with Interrupts() as interrupts:
 
 def loose_end(then, **streams):
     command = [sys.executable, "-c", LOOSE_ENDS.format(then=then)]
-    return subprocess.Popen(command, start_new_session=True, **streams)
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # where nohup runs the tests
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=heard, **streams)
 
 
 HANG_UP = "os.kill(os.getpid(), signal.SIGHUP)"

@@ -170,6 +170,12 @@ def wait_for_end(pid):
         time.sleep(0.1)
 
 
+def take_terminal():
+    """Makes the standard input this process's terminal, which hangs up when it goes; nohup may have had that ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_a_terminal_that_goes_ends_a_run_on_it_with_a_checkpoint(tmp_path, unequal):
     controller, terminal = pty.openpty()
@@ -181,7 +187,7 @@ def test_a_terminal_that_goes_ends_a_run_on_it_with_a_checkpoint(tmp_path, unequ
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that it hangs up
+        preexec_fn=take_terminal,
     )
     os.close(terminal)
     text = ""
