@@ -352,7 +352,7 @@ def end_by(what: str, strategy: str, folder: Path, draw: random.Random) -> Trial
 
 
 def take_terminal() -> None:
-    """Makes the standard input this process's terminal, which hangs up when it goes; nohup may have had that ignored."""
+    """Makes the standard input this process's terminal, which hangs up when it goes: nohup has that ignored."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

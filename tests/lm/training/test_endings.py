@@ -171,7 +171,7 @@ def wait_for_end(pid):
 
 
 def take_terminal():
-    """Makes the standard input this process's terminal, which hangs up when it goes; nohup may have had that ignored."""
+    """Makes the standard input this process's terminal, which hangs up when it goes: nohup has that ignored."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
