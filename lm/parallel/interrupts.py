@@ -66,10 +66,13 @@ class Interrupts:
             signal.signal(signum, handler)
 
     def install(self) -> dict[int, Any]:
-        """Takes over the signals that are not ignored, as by nohup; returns who had them."""
+        """Takes over the signals that are not ignored, as SIGHUP by nohup; returns who had them.
+
+        SIGINT in any case: shells have it ignored in the background, where `kill -INT` may still ask for an end.
+        """
         if threading.current_thread() is not threading.main_thread():
             return {}
-        heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        heard = [s for s in SIGNALS if s == signal.SIGINT or signal.getsignal(s) is not signal.SIG_IGN]
         return {signum: signal.signal(signum, self._note) for signum in heard}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
