@@ -31,7 +31,8 @@ def test_every_benchmark_says_how_it_is_run(script, monkeypatch, capsys):
 @pytest.mark.parametrize("strategy", ["one", "fsdp"])
 def test_a_run_that_is_killed_again_and_again_goes_on_as_if_nothing_had_happened(strategy):
     reliability = runpy.run_path(str(ROOT / "benchmarks" / "reliability.py"))
-    arguments = ["--kills", "3", "--signals", "1", "--strategies", strategy, "--seed", "1"]
+    counts = ["--kills", "3", "--restarts", "1", "--ends", "3", "--full-disks", "0"]
+    arguments = [*counts, "--strategies", strategy, "--seed", "1"]
     assert reliability["main"](arguments) == 0
 
 
