@@ -22,7 +22,7 @@ def test_each_is_found_or_harmless(options, is_finished, flips):
     assert {"recipe.yaml", "tokenizer.json", "environment.json", "checksums.json"} <= set(counts)
     assert ("result.json" in counts) == is_finished
     for name, kinds in counts.items():
-        assert kinds["harmless" if name.startswith(UNNOTED) else "found"] >= 0.6 * flips, (name, kinds)
+        assert kinds["harmless" if name.startswith(UNNOTED) else "found"] >= 0.9 * flips - 1, (name, kinds)
 
 
 @pytest.mark.parametrize("flips", [3, pytest.param(25, marks=pytest.mark.slow)])
