@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from typing import TypeVar
+
+import psutil
 
 T = TypeVar("T")
 
+PAUSE = 0.5
+"""Seconds between two looks at the work."""
+LEAST_CPU, LEAST_BYTES = 0.1, 1 << 18
+"""Of a second: CPU seconds, and bytes read and written. Less is waiting, or the drawing of a progress bar."""
 
-def in_background(work: Callable[[threading.Event], T], while_waiting: Callable[[], None]) -> T:
+
+def in_background(work: Callable[[threading.Event], T], while_moving: Callable[[], None]) -> T:
     """What `work` returns or raises, from a thread of its own; a signal handler that raises ends the wait at once.
 
     Args:
         work: is given an event that is set when nobody waits any more.
-        while_waiting: called every half a second, in this thread.
+        while_moving: called in this thread after each half a second in which this process, or one that it started,
+            has computed, read or written something. A download that stalls calls it no more.
     """
     nobody_waits = threading.Event()
     future: Future[T] = Future()
@@ -29,8 +39,27 @@ def in_background(work: Callable[[threading.Event], T], while_waiting: Callable[
     # The end of the program does not wait for a daemon.
     threading.Thread(target=run, name="mixerlab-data", daemon=True).start()
     try:
-        while not wait([future], timeout=0.5).done:
-            while_waiting()
+        looked, cpu, moved = time.monotonic(), *_done()
+        while not wait([future], timeout=PAUSE).done:
+            before = looked, cpu, moved
+            looked, cpu, moved = time.monotonic(), *_done()
+            seconds = looked - before[0]
+            if cpu - before[1] > LEAST_CPU * seconds or moved - before[2] > LEAST_BYTES * seconds:
+                while_moving()
         return future.result()
     finally:
         nobody_waits.set()
+
+
+def _done() -> tuple[float, int]:
+    """CPU seconds, and bytes read and written, of this process and those that it started and that still run."""
+    cpu, moved = 0.0, 0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        with suppress(psutil.Error):  # one that has just ended
+            times = process.cpu_times()
+            cpu += times.user + times.system
+            if hasattr(process, "io_counters"):  # not on macOS
+                counted = process.io_counters()
+                moved += counted.read_chars + counted.write_chars
+    return cpu, moved

@@ -62,7 +62,7 @@ def ensure_folder(
 
 
 def _make(folder: Path, fill: Callable[[Path], None], report: Callable[[str], None]) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = _temporary(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died
         temporary.mkdir()
@@ -77,16 +77,34 @@ def _make(folder: Path, fill: Callable[[Path], None], report: Callable[[str], No
 @contextmanager
 def _locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
     lock = FileLock(f"{folder}.lock")
+    found: object = None
     while True:
         try:
             lock.acquire(timeout=1)
             break
         except Timeout:
-            report("waiting for another process, which fills the cache")
+            before, found = found, _progress(folder)
+            if found != before:  # one that is stuck is not waited for without end
+                report("waiting for another process, which fills the cache")
     try:
         yield
     finally:
         lock.release()
+
+
+def _progress(folder: Path) -> object:
+    """Of the process that fills the folder: differs from an earlier one where something was written since."""
+    files = []
+    with suppress(OSError):  # it is being renamed, or cleared away
+        for path in sorted(_temporary(folder).rglob("*")):
+            found = path.stat()
+            files.append((path.name, found.st_size, found.st_mtime_ns))
+    return files
+
+
+def _temporary(folder: Path) -> Path:
+    """Where it is filled."""
+    return folder.with_name(folder.name + ".tmp")
 
 
 def _damage(folder: Path, report: Callable[[str], None], verify: bool) -> str | None:

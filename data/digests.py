@@ -71,10 +71,8 @@ class Digests:
 
     def _read_files(self, files: Sequence[str]) -> list[str]:
         """The digest of each file's content."""
-        n_read = n_told = 0
 
         def digests(names: Sequence[str], stop: Event) -> list[str]:
-            nonlocal n_read
             found = []
             for name in names:
                 if stop.is_set():
@@ -84,7 +82,6 @@ class Digests:
                     with open(name, "rb", buffering=0) as file:
                         while (block := file.read(1 << 20)) and not stop.is_set():
                             content.update(block)
-                            n_read += 1
                 except OSError as error:
                     raise DataError(f"data.files: {name} cannot be read: {error.strerror}") from error
                 found.append(content.hexdigest())
@@ -96,13 +93,9 @@ class Digests:
             with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
                 return [d for part in pool.map(lambda names: digests(names, stop), parts) for d in part]
 
-        def tell() -> None:
-            nonlocal n_told
-            if n_read > n_told:
-                n_told = n_read
-                self.report("reading the documents, to see whether they have changed")
-
-        return in_background(work, tell)
+        return in_background(
+            work, lambda: self.report("reading the documents, to see whether they have changed")
+        )
 
     def _read(self) -> dict[str, str]:
         try:

@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from mixerlab.data.background import in_background
 from mixerlab.data.cache import ensure_folder
 from mixerlab.data.digests import Digests
 from mixerlab.data.module import DataError, DataModule, Rows
+from mixerlab.data.pieces import cut, worth_learning
 from mixerlab.data.registry import register_data
 from mixerlab.data.rows import TokenRows, Writer
 from mixerlab.data.sources import (
@@ -47,9 +47,6 @@ cannot be resumed then."""
 
 BATCH = 1 << 22
 """Characters that are tokenised at a time."""
-
-PIECE = 1 << 16
-"""Characters after which a document is cut, so that one huge file uses all cores and little memory."""
 
 
 @dataclass
@@ -370,7 +367,7 @@ class TextData(DataModule):
         task = progress.add_task("training the tokenizer", counts="")
         training = (document for split, document in self._documents(progress, task) if split == "train")
         some = islice(training, self.config.bpe_documents)
-        pieces = (piece for document in some for piece in _cut(document.text))
+        pieces = worth_learning(piece for document in some for piece in cut(document.text))
         tokenizer = in_background(
             lambda nobody_waits: train_bpe(
                 takewhile(lambda _: not nobody_waits.is_set(), pieces), self.config.vocab_size
@@ -399,7 +396,7 @@ class TextData(DataModule):
 
         n_characters = 0
         for split, document in self._documents(progress, task):
-            pieces = _cut(document.text)
+            pieces = cut(document.text)
             for n, piece in enumerate(pieces, 1):
                 batch.append((writers[split], piece, n == len(pieces)))
                 n_characters += len(piece)
@@ -441,30 +438,6 @@ class TextData(DataModule):
         for document in chain(first_two, documents):
             u = int.from_bytes(hashlib.blake2b(document.key.encode(), digest_size=8).digest()) / 2**64
             yield ("valid" if u < fraction else "train"), document
-
-
-_SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
-_LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
-_WORD_END = re.compile(r"(?<=[^\W_])(?=[^\w\s])")
-
-
-def _cut(text: str) -> list[str]:
-    """Cuts a long text into pieces of at most 2 PIECE characters.
-
-    A cut is before a single space, where usual tokenizers begin a new token anyway. Where there is none it is after a
-    line or before punctuation, where they do so too; and in a text that is one endless word, anywhere.
-    """
-    pieces, start = [], 0
-    while len(text) > (first := start + PIECE):
-        last = start + 2 * PIECE
-        match = _SINGLE_SPACE.search(text, first, last)
-        if match is None and len(text) <= last:
-            break
-        match = match or _LINE_END.search(text, first, last) or _WORD_END.search(text, first, last)
-        end = match.start() if match else last
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
 
 
 def _hash(content: bytes) -> str:

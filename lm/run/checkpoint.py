@@ -12,7 +12,7 @@ Files hold plain tensors, numbers, texts, lists and dicts, and are read with tor
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,24 @@ class Checkpoints:
             (p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)), key=step_of
         )
 
-    def last(self, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> Path | None:
+    def last(
+        self,
+        rank: int = 0,
+        ranks: int = 1,
+        gather: Gather = alone,
+        sign: Callable[[], None] = lambda: None,
+    ) -> Path | None:
         """The newest undamaged checkpoint; damaged newer ones are reported. None if there never was one.
 
-        Every rank calls this and verifies its share of the files; what one finds holds for all. Raises
-        CheckpointError if all that there are are damaged.
+        Every rank calls this and verifies its share of the files, calling `sign` while it does; what one finds holds
+        for all. Raises CheckpointError if all that there are are damaged.
         """
         if rank == 0:
             self.put_back()
         damaged: list[str] = []
         for name in gather([folder.name for folder in reversed(self.all())])[0]:
             folder = self.folder / name
-            problem = next(filter(None, gather(find_damage(folder, rank, ranks))), None)
+            problem = next(filter(None, gather(find_damage(folder, rank, ranks, sign))), None)
             if problem is None:
                 for said in damaged:
                     logger.warning("%s; using the one before", said)
@@ -191,10 +197,12 @@ def note_validation(folder: Path, valid_loss: float | None, metrics: dict[str, f
     sealed.write_meta(folder, {**read_meta(folder), "valid_loss": valid_loss, "metrics": metrics})
 
 
-def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+def find_damage(
+    folder: Path, rank: int = 0, ranks: int = 1, sign: Callable[[], None] = lambda: None
+) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte of it; several ranks share the files out.
 
-    Of as many files as ranks each reads one.
+    Of as many files as ranks each reads one. `sign` is called whenever a part is read.
     """
     problem = sealed.damage(folder, checksums=False)
     if problem is None:
@@ -202,7 +210,7 @@ def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
             names = _in_order(read_meta(folder)["files"])
         except CheckpointError as error:
             return str(error)
-        problem = sealed.damage(folder, checksums=names[rank::ranks])
+        problem = sealed.damage(folder, checksums=names[rank::ranks], sign=sign)
     if problem is None:
         return None
     # A wrong shard may be a whole one of another step, put there by hand or by a copy that was interrupted.

@@ -38,7 +38,9 @@ def find_start(recipe: Recipe, world: World, say: Callable[[str], None]) -> tupl
         return start, True
     world.moved("verifying the checkpoint")
     try:
-        last = run.checkpoints.last(world.rank, world.size, world.gather)
+        last = run.checkpoints.last(
+            world.rank, world.size, world.gather, lambda: world.is_at("verifying the checkpoint")
+        )
     except CheckpointError:
         world.all_raised = True
         raise

@@ -132,8 +132,15 @@ def read_meta(folder: Path, name: str = META) -> dict[str, Any]:
     return {**meta, "files": files}
 
 
-def damage(folder: Path, checksums: bool | Collection[str] = True) -> str | None:
-    """What is wrong with a sealed folder, or None. `checksums` reads every byte of it, or of the files it names."""
+def damage(
+    folder: Path,
+    checksums: bool | Collection[str] = True,
+    sign: Callable[[], None] = lambda: None,
+) -> str | None:
+    """What is wrong with a sealed folder, or None.
+
+    `checksums` reads every byte of it, or of the files it names, and calls `sign` whenever a part is read.
+    """
     checked = None if isinstance(checksums, bool) else set(checksums)
     try:
         meta = read_meta(folder)
@@ -150,7 +157,7 @@ def damage(folder: Path, checksums: bool | Collection[str] = True) -> str | None
             if (
                 checksums
                 and (checked is None or name in checked)
-                and _checksum_like(checksum, path) != checksum
+                and _checksum_like(checksum, path, sign) != checksum
             ):
                 return f"the checksum of {name} is wrong"
     except (OSError, TypeError) as error:
@@ -229,28 +236,30 @@ def size_and_checksum(path: Path) -> tuple[int, int]:
     return path.stat().st_size, crc32(path)
 
 
-def crc32(path: Path) -> int:
-    """Checksum of a file's bytes."""
+def crc32(path: Path, sign: Callable[[], None] = lambda: None) -> int:
+    """Checksum of a file's bytes; `sign` is called whenever a part is read."""
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             checksum = zlib.crc32(block, checksum)
+            sign()
     return checksum
 
 
-def xxh3(path: Path) -> str:
+def xxh3(path: Path, sign: Callable[[], None] = lambda: None) -> str:
     """As `crc32`, of the other kind."""
     found = xxhash.xxh3_64()
     buffer = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(buffer):
             found.update(buffer[:read])
+            sign()
     return f"xxh3:{found.hexdigest()}"
 
 
-def _checksum_like(known: Checksum, path: Path) -> Checksum:
+def _checksum_like(known: Checksum, path: Path, sign: Callable[[], None]) -> Checksum:
     """Of a file, of the kind of the one that is known."""
-    return crc32(path) if isinstance(known, int) else xxh3(path)
+    return crc32(path, sign) if isinstance(known, int) else xxh3(path, sign)
 
 
 def sync(path: Path) -> None:

@@ -305,16 +305,26 @@ def test_a_signal_leaves_nothing_half(tmp_path, monkeypatch, stage):
     assert is_whole(tmp_path / "key")
 
 
-def test_who_waits_for_another_process_says_so(tmp_path):
-    said: list[str] = []
-    holder = FileLock(str(tmp_path / "key.lock"))
+def test_who_waits_for_another_process_says_so_while_that_one_writes(tmp_path):
+    said: list[float] = []
+    temporary = tmp_path / "key.tmp"
+    temporary.mkdir()
+    holder = FileLock(str(tmp_path / "key.lock"), thread_local=False)
     holder.acquire()
 
-    def report(doing):
-        said.append(doing)
-        if len(said) == 2:
-            holder.release()
+    def write_and_then_stand_still():
+        for size in range(1, 20):
+            (temporary / "tokens").write_bytes(bytes(size))
+            time.sleep(0.2)
+        said.append(0)
+        time.sleep(3)
+        holder.release()
 
-    ensure_folder(tmp_path / "key", fill, report)
-    assert said[:2] == ["waiting for another process, which fills the cache"] * 2
+    other = threading.Thread(target=write_and_then_stand_still)
+    other.start()
+    waiting = "waiting for another process, which fills the cache"
+    ensure_folder(tmp_path / "key", fill, lambda doing: said.append(doing == waiting))
+    other.join()
+    assert said.index(0) >= 2
+    assert len(said) - said.index(0) <= 2 + 1  # of what was written last, and of writing the cache
     assert is_whole(tmp_path / "key")

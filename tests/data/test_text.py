@@ -1,7 +1,6 @@
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import threading
@@ -11,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from torch.utils.data import Dataset
 
 from mixerlab.data import DataError, build_data, cache, load_tokenizer
 from mixerlab.data.rows import TokenRows, Writer
-from mixerlab.data.text import TextConfig, TextData, _cut, expand
+from mixerlab.data.text import TextConfig, TextData, expand
 from mixerlab.data.tokenizers import train_bpe
 
 IGNORE = -100
@@ -140,7 +137,7 @@ def test_a_hub_dataset_with_both_splits(tmp_path, monkeypatch):
 
 
 def test_a_long_document_is_tokenised_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixerlab.data.text.PIECE", 50)
+    monkeypatch.setattr("mixerlab.data.pieces.PIECE", 50)
     monkeypatch.setattr("mixerlab.data.text.BATCH", 200)
     text = "".join(f"def f{i}(x):\n    return x + {i}  # and  so on\n\n" for i in range(200))
     (tmp_path / "a.txt").write_text(text)
@@ -540,52 +537,6 @@ def test_a_signal_while_the_tokenizer_is_trained_is_heard_at_once(corpus, tmp_pa
 
 
 # Text without spaces
-
-
-WORDS = st.text(st.sampled_from("abcé日本0"), min_size=1, max_size=9)
-GAPS = st.sampled_from(
-    [" ", "\n", ". ", "。", "-", ", ", "'s ", "_", " - ", "\n\n", " \n", "\r\n", "...", "  x  "]
-)
-ORDINARY = train_bpe(
-    ["abc def 日本 日本。cab\n\nbac, a-b x's  y \r\n" * 20, "aab  bba 0_0 é'é... \n" * 20], 340
-)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(parts=st.lists(st.tuples(WORDS, GAPS), min_size=20, max_size=60), one=st.booleans())
-def test_cutting_does_not_change_the_tokens_of_ordinary_text(monkeypatch, parts, one):
-    monkeypatch.setattr("mixerlab.data.text.PIECE", 20)
-    text = "".join(word + (parts[0][1] if one else gap) for word, gap in parts)
-    pieces = _cut(text)
-    assert len(pieces) > 1 or len(text) <= 40
-    assert "".join(pieces) == text
-    if not any(len(piece) == 40 for piece in pieces):  # lines of nothing but spaces have no better place
-        assert [i for piece in pieces for i in ORDINARY.encode(piece)] == ORDINARY.encode(text)
-
-
-@pytest.mark.parametrize("gap", [" ", "\n", "。", "-", "'s "])
-def test_a_cut_between_words_is_between_tokens(monkeypatch, gap):
-    monkeypatch.setattr("mixerlab.data.text.PIECE", 20)
-    text = gap.join(["abc", "cabba", "日本", "aab", "é", "00"] * 20)
-    pieces = _cut(text)
-    assert len(pieces) > 10
-    assert all(len(piece) < 40 for piece in pieces)
-    assert [i for piece in pieces for i in ORDINARY.encode(piece)] == ORDINARY.encode(text)
-
-
-def test_single_spaces_are_cut_at_where_they_always_were(monkeypatch):
-    monkeypatch.setattr("mixerlab.data.text.PIECE", 20)
-    text = "line one\nis-short and has  spaces, as text has. " * 9
-    single = re.compile(r"(?<=\S) (?=\S)")
-    expected, start = [], 0
-    while match := single.search(text, start + 20):
-        expected.append(text[start : match.start()])
-        start = match.start()
-    assert _cut(text) == [*expected, text[start:]]
-
-
-def test_a_text_that_is_one_word_is_cut_alike_everywhere(monkeypatch):
-    assert [len(piece) for piece in _cut("x" * 300_000)] == [131072, 131072, 37856]
 
 
 def test_one_endless_word_is_tokenised(tmp_path):

@@ -110,6 +110,7 @@ def test_slurm_starts_it_on_two_nodes(tmp_path, unequal, slurm):
 
 PREPARES_BADLY = """
 import os, signal, time
+from mixerlab.data.background import in_background
 from mixerlab.data.module import DataError
 from mixerlab.data.text import TextData
 prepare = TextData.prepare
@@ -129,6 +130,11 @@ TextData.prepare = badly
         ("1 / 0", 1, "rank 1: ZeroDivisionError('division by zero')"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 1, "the others wait for rank 1 ("),
         ("time.sleep(600)", 1, "the others wait for rank 1 (preparing the data)"),
+        (
+            "in_background(lambda _: time.sleep(600), lambda: self.report('loading'))",
+            1,
+            "the others wait for rank 1 (preparing the data)",
+        ),
     ],
 )
 def test_a_machine_that_cannot_prepare_the_data_ends_the_others(tmp_path, unequal, slurm, how, code, message):

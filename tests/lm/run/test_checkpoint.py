@@ -332,9 +332,9 @@ def test_ranks_share_out_what_is_verified_and_agree(checkpoints, monkeypatch, ca
     read_by: dict[str, list[str]] = {}
     xxh3 = sealed.xxh3
 
-    def noted(path):
+    def noted(path, sign):
         read_by.setdefault(f"{path.parent.name}/{path.name}", []).append(path.name)
-        return xxh3(path)
+        return xxh3(path, sign)
 
     monkeypatch.setattr(sealed, "xxh3", noted)
     found = Ranks(2).run(lambda rank, gather: checkpoints.last(rank, 2, gather))
