@@ -398,6 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--keep", type=Path, help="leave runs and logs in this new folder")
     args = parser.parse_args(arguments)
+    if args.keep is not None and args.keep.exists():
+        parser.error(f"--keep {args.keep}: it exists already; expected a folder to make")
     draw = random.Random(args.seed)
     trials: list[Trial] = []
     chosen = args.strategies
