@@ -16,6 +16,8 @@ P value width, R rows of a panel, C columns that a panel sees.
 import torch
 from torch import Tensor
 
+from mixerlab.kernels.operator import operator
+
 
 def feedback_chunked(
     q: Tensor,
@@ -33,10 +35,10 @@ def feedback_chunked(
     The logits are rounded to `accumulate` only. Differentiable once.
     """
     if s_past is None:
-        s_past = f[:, :, :0]  # (B, H, 0, P)
+        s_past = f.new_empty(*f.shape[:2], 0, f.shape[3])  # a view of f would ask for a gradient
     if chunk_size is None:  # small panels waste less above the diagonal, large ones make better products
         chunk_size = 128 if f.shape[2] <= 512 else 256
-    s, lse = _Feedback.apply(q, k, f, gamma, s_past, ids, scale, chunk_size, accumulate)
+    s, lse = _feedback(q, k, f, gamma, s_past, ids, scale, chunk_size, accumulate)
     return s, lse
 
 
@@ -58,56 +60,6 @@ def entropy_chunked(
     return entropy.unflatten(0, (B, H))
 
 
-class _Feedback(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(q, k, f, gamma, s_past, ids, scale, chunk_size, accumulate):
-        return _forward(q, k, f, gamma, s_past, ids, scale, chunk_size, accumulate)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, _, gamma, s_past, ids, ctx.scale, ctx.chunk_size, _ = inputs
-        s, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, gamma, s, lse, s_past, ids)
-
-    @staticmethod
-    def backward(ctx, ds, _):
-        if ds is None:
-            return (None,) * 9
-        saved = ctx.saved_tensors  # read once: activation checkpointing frees them as they are read
-        L = saved[5].shape[2]
-        dq, dk, dgamma, g = _FeedbackBackward.apply(ds, *saved, ctx.scale, ctx.chunk_size)
-        return dq, dk, g[:, :, L:], dgamma, g[:, :, :L], None, None, None, None
-
-
-class _FeedbackBackward(torch.autograd.Function):
-    """The gradients as a function of their own, so that differentiating them raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(ds, q, k, gamma, s, lse, s_past, ids, scale, chunk_size):
-        return _backward(ds, q, k, gamma, s, lse, s_past, ids, scale, chunk_size)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            "chunked feedback attention has no second derivative; use backend='reference'"
-        )
-
-
-# The two passes are opaque operators: torch.compile and torch.func see one call each, and apply the
-# backward and vmap rules registered below instead of tracing the loops.
-
-
-@torch.library.custom_op("mixerlab::feedback_forward", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -150,7 +102,6 @@ def _forward(
     return s[:, L:].unflatten(0, (B, H)).to(f.dtype).contiguous(), lse.view(B, H, T)
 
 
-@torch.library.custom_op("mixerlab::feedback_backward", mutates_args=())
 def _backward(
     ds: Tensor,
     q: Tensor,
@@ -162,8 +113,8 @@ def _backward(
     ids: Tensor | None,
     scale: float,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, gamma, and of past and new s in one (B, H, S, P) tensor."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, f, gamma and s_past."""
     B, H, T, P = s.shape
     S = k.shape[2]
     L = S - T
@@ -207,11 +158,13 @@ def _backward(
             torch.mul(torch.bmm(dlogits, kn[:, first : L + hi]), scale * panel_gain, out=dq[:, lo:hi])
             dk[:, first : L + hi].baddbmm_(dlogits.mT, panel_gain * qn[:, lo:hi])
 
+    g = g.view(B, H, S, P).to(s.dtype)
     return (
         dq.view(q.shape).to(q.dtype),
         dk.view(k.shape).to(k.dtype),
+        g[:, :, L:].contiguous(),
         dgamma.view(gamma.shape).to(gamma.dtype),
-        g.view(B, H, S, P).to(s.dtype),
+        g[:, :, :L].clone(memory_format=torch.contiguous_format),
     )
 
 
@@ -251,39 +204,19 @@ def _panel_logits(
     return logits
 
 
-@_forward.register_fake
-def _(q, k, f, gamma, s_past, ids, scale, chunk_size, accumulate):
-    return torch.empty_like(f, memory_format=torch.contiguous_format), q.new_empty(
-        gamma.shape, dtype=accumulate
-    )
+def _forward_fake(q, k, f, gamma, s_past, ids, scale, chunk_size, accumulate):
+    return f.new_empty(f.shape), q.new_empty(gamma.shape, dtype=accumulate)
 
 
-@_backward.register_fake
-def _(ds, q, k, gamma, s, lse, s_past, ids, scale, chunk_size):
-    B, H, _, P = s.shape
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        gamma.new_empty(gamma.shape),
-        s.new_empty(B, H, k.shape[2], P),
-    )
+def _backward_fake(ds, q, k, gamma, s, lse, s_past, ids, scale, chunk_size):
+    return tuple(x.new_empty(x.shape) for x in (q, k, s, gamma, s_past))
 
 
-def _vmap_rule(op):
-    """Folds the mapped dimension of size V into the batch: (V, B, ...) -> (V * B, ...)."""
-
-    def rule(info, in_dims, *args):
-        def fold(x, dim):
-            if not isinstance(x, Tensor):
-                return x
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.flatten(0, 1)
-
-        outputs = op(*map(fold, args, in_dims))
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)
-
-    return rule
-
-
-_forward.register_vmap(_vmap_rule(_forward))
-_backward.register_vmap(_vmap_rule(_backward))
+_feedback = operator(
+    "feedback",
+    _forward,
+    _backward,
+    outputs=("s", "lse"),
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+)

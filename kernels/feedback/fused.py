@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mixerlab.kernels.feedback.chunked import _vmap_rule
+from mixerlab.kernels.operator import operator
 
 _HAS_TRITON = find_spec("triton") is not None
 _TILE = 128
@@ -62,7 +62,7 @@ def feedback_fused(
     # A panel of weights and what it multiplies share a dtype.
     dtype = torch.promote_types(q.dtype, f.dtype)
     q, k, s = q.to(dtype), k.to(dtype), f.to(dtype)
-    s_past = s[:, :, :0]  # (B, H, 0, P)
+    s_past = s.new_empty(*s.shape[:2], 0, s.shape[3])  # a view of s would ask for a gradient
     length = None
     if past is not None:
         k_past, s_past = (x.to(dtype) for x in past)
@@ -71,63 +71,10 @@ def feedback_fused(
         gap = (0, 0, 0, -L % _TILE)
         s_past = pad(s_past, gap)
         k = torch.cat([pad(k_past, gap), k], dim=2)
-    s, _, top, total, _ = _Feedback.apply(
-        q, k, s, gamma.float(), s_past, length, segment_ids, scale, chunk_size
-    )
+    s, _, top, total, _ = _feedback(q, k, s, gamma.float(), s_past, length, segment_ids, scale, chunk_size)
     return s.to(f.dtype), top + total.log() if return_lse else None
 
 
-class _Feedback(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(q, k, f, gamma, s_past, length, ids, scale, chunk_size):
-        return _forward(q, k, f, gamma, s_past, length, ids, scale, chunk_size)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, _, gamma, s_past, length, ids, ctx.scale, ctx.chunk_size = inputs
-        s, *statistics = output
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, gamma, s, *statistics, s_past, length, ids)
-
-    @staticmethod
-    def backward(ctx, ds, *_):
-        if ds is None:
-            return (None,) * 9
-        saved = ctx.saved_tensors  # read once: activation checkpointing frees them as they are read
-        L = saved[8].shape[2]
-        dq, dk, dgamma, g = _FeedbackBackward.apply(ds, *saved, ctx.scale, ctx.chunk_size)
-        return dq, dk, g[:, :, L:], dgamma, g[:, :, :L], None, None, None, None
-
-
-class _FeedbackBackward(torch.autograd.Function):
-    """The gradients as a function of their own, so that differentiating them raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(ds, q, k, gamma, s, attended, top, total, inverse, s_past, length, ids, scale, chunk_size):
-        saved = (s, attended, top, total, inverse, s_past)
-        return _backward(ds, q, k, gamma, *saved, length, ids, scale, chunk_size)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            "Triton feedback attention has no second derivative; use backend='reference'"
-        )
-
-
-# The two passes are opaque operators: torch.compile and torch.func see one call each, and apply the
-# backward and vmap rules registered below instead of tracing the launches.
-
-
-@torch.library.custom_op("mixerlab::feedback_triton_forward", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -141,11 +88,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mixerlab.kernels.feedback.triton import feedback_forward  # here: triton need not be installed
 
-    with torch.autocast(q.device.type, enabled=False):
-        return feedback_forward(q, k, f, gamma, s_past, length, ids, scale, chunk_size)
+    return feedback_forward(q, k, f, gamma, s_past, length, ids, scale, chunk_size)
 
 
-@torch.library.custom_op("mixerlab::feedback_triton_backward", mutates_args=())
 def _backward(
     ds: Tensor,
     q: Tensor,
@@ -161,16 +106,16 @@ def _backward(
     ids: Tensor | None,
     scale: float,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mixerlab.kernels.feedback.triton import feedback_backward
 
     saved = (s, attended, top, total, inverse, s_past)
-    with torch.autocast(q.device.type, enabled=False):
-        return feedback_backward(ds, q, k, gamma, *saved, length, ids, scale, chunk_size)
+    dq, dk, dgamma, g = feedback_backward(ds, q, k, gamma, *saved, length, ids, scale, chunk_size)
+    L = s_past.shape[2]
+    return dq, dk, g[:, :, L:].contiguous(), dgamma, g[:, :, :L].clone(memory_format=torch.contiguous_format)
 
 
-@_forward.register_fake
-def _(q, k, f, gamma, s_past, length, ids, scale, chunk_size):
+def _forward_fake(q, k, f, gamma, s_past, length, ids, scale, chunk_size):
     from mixerlab.kernels.feedback.triton import tiles_for
 
     B, H, T, _ = f.shape
@@ -180,12 +125,15 @@ def _(q, k, f, gamma, s_past, length, ids, scale, chunk_size):
     return s, attended, top, torch.empty_like(top), inverse
 
 
-@_backward.register_fake
-def _(ds, q, k, gamma, s, attended, top, total, inverse, s_past, length, ids, scale, chunk_size):
-    B, H, _, P = s.shape
-    inputs = (q, k, gamma)
-    return *(x.new_empty(x.shape) for x in inputs), s.new_empty(B, H, k.shape[2], P)
+def _backward_fake(ds, q, k, gamma, s, attended, top, total, inverse, s_past, length, ids, scale, chunk_size):
+    return tuple(x.new_empty(x.shape) for x in (q, k, s, gamma, s_past))
 
 
-_forward.register_vmap(_vmap_rule(_forward))
-_backward.register_vmap(_vmap_rule(_backward))
+_feedback = operator(
+    "feedback_triton",
+    _forward,
+    _backward,
+    outputs=("s", "attended", "top", "total", "inverse"),
+    forward_fake=_forward_fake,
+    backward_fake=_backward_fake,
+)

@@ -6,11 +6,10 @@ Letters: B batch, H heads, L past positions, K key width, P value width.
 import torch
 from torch import Tensor
 
-from mixerlab.kernels.feedback.chunked import _vmap_rule
+from mixerlab.kernels.operator import opaque
 
 
-@torch.library.custom_op("mixerlab::feedback_triton_step", mutates_args=())
-def step_fused(
+def _step(
     q: Tensor,
     k_past: Tensor,
     f: Tensor,
@@ -25,12 +24,11 @@ def step_fused(
     return feedback_decode(q, k_past, f, gamma, s_past, past_length, scale)
 
 
-@step_fused.register_fake
-def _(q, k_past, f, gamma, s_past, past_length, scale):
+def _fake(q, k_past, f, gamma, s_past, past_length, scale):
     return f.new_empty(f.shape), gamma.new_empty(gamma.shape, dtype=torch.float32)
 
 
-step_fused.register_vmap(_vmap_rule(step_fused))
+step_fused = opaque("feedback_triton_step", _step, _fake)
 
 
 def needs_gradient(*inputs: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from differentiable import func_grad, func_jacrev, func_vjp, func_vmap, func_vmap_of_grad
+from dispatched import dispatched
 from measure import peak_bytes
 from mixerlab.kernels.backend import use_backend
 from mixerlab.kernels.feedback import feedback_attention, routing_entropy
@@ -346,6 +347,16 @@ def test_compiled_code_follows_use_backend():
         compiled(*inputs)
     assert "solve_triangular" not in str(calls[0])
     assert "solve_triangular" in str(calls[1])
+
+
+def test_the_backward_pass_is_one_call():
+    inputs = [x.requires_grad_() for x in make_inputs()]
+    s = run_chunked(*inputs)
+    calls = dispatched(lambda: torch.autograd.grad(s, inputs, torch.ones_like(s)))
+    assert [name for name in calls if name != "aten.detach"] == [
+        "aten.ones_like",
+        "mixerlab.feedback_backward",
+    ]
 
 
 def test_operators_are_registered_correctly():

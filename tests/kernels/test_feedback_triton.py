@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ahead_of_time import compile_launch, distinct, record
+from dispatched import dispatched
 from measure import peak_bytes
 from mixerlab.kernels.feedback import feedback_attention
 from mixerlab.kernels.feedback import fused as operators
@@ -113,6 +114,13 @@ def test_a_new_length_compiles_nothing(launches):
     assert compiled(2048) == compiled(2049) == compiled(3333)
     assert compiled(300) == compiled(1024)
     assert compiled(300, L=1) == compiled(600, L=129)
+
+
+def test_autograd_adds_nothing_to_the_backward_pass(launches):
+    calls = dispatched(lambda: forward_and_backward(300))
+    after = set(calls[calls.index("mixerlab.feedback_triton_backward") + 1 :])
+    # A gradient that the record of launches holds is copied to its leaf.
+    assert after <= {"aten.detach", "aten.new_empty_strided", "aten.copy_"}
 
 
 # ---- ahead of time ----
