@@ -1,12 +1,19 @@
 """Which backend of an operator runs: the one place where that is decided."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("mixerlab.kernels")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's kernels run in its interpreter, on the CPU."""
+_HAS_TRITON = find_spec("triton") is not None
 
 # A plain global and not a contextvar: torch.compile can read it, and guards on its value.
 _override: str | None = None
@@ -42,6 +49,29 @@ def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], st
     able = [name for name in backends if name not in refusals and backends[name]() is None]
     why = "; ".join(f"backend {name!r} cannot take this input: {reason}" for name, reason in refusals.items())
     raise BackendError(f"{operator}: {why} (backends that can: {able if able else 'none'})")
+
+
+def why_not_cuda(x: Tensor, capability: int = 0) -> str | None:
+    """None if `x` is on a GPU of at least this compute capability (80 for 8.0), else the reason why not."""
+    if not x.is_cuda:
+        return f"it is on device {x.device}, and the kernels run on CUDA"
+    found = _capability(x.device.index)
+    if found < capability:
+        return f"the GPU has compute capability {found / 10}, and the kernels need {capability / 10}"
+    return None
+
+
+def why_not_triton(x: Tensor, capability: int = 0) -> str | None:
+    """None if Triton's kernels can run where `x` is, else the reason why not."""
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    return None if INTERPRETED and not x.is_cuda else why_not_cuda(x, capability)
+
+
+@torch.compiler.assume_constant_result  # a number while torch.compile traces
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @contextmanager

@@ -158,13 +158,12 @@ def _backward(
             torch.mul(torch.bmm(dlogits, kn[:, first : L + hi]), scale * panel_gain, out=dq[:, lo:hi])
             dk[:, first : L + hi].baddbmm_(dlogits.mT, panel_gain * qn[:, lo:hi])
 
-    g = g.view(B, H, S, P).to(s.dtype)
     return (
         dq.view(q.shape).to(q.dtype),
         dk.view(k.shape).to(k.dtype),
-        g[:, :, L:].contiguous(),
+        g[:, L:].reshape(B, H, T, P).to(s.dtype).contiguous(),
         dgamma.view(gamma.shape).to(gamma.dtype),
-        g[:, :, :L].clone(memory_format=torch.contiguous_format),
+        g[:, :L].reshape(B, H, L, P).to(s.dtype, copy=True, memory_format=torch.contiguous_format),
     )
 
 

@@ -3,29 +3,21 @@
 Letters: B batch, H heads, T new positions, L past positions, S = L + T columns, K key width, P value width.
 """
 
-import os
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mixerlab.kernels.backend import why_not_triton
 from mixerlab.kernels.operator import operator
 
-_HAS_TRITON = find_spec("triton") is not None
 _TILE = 128
 """The past is padded to a multiple of every tile, so that tiles of new rows and columns meet at the diagonal."""
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(q: Tensor, f: Tensor, gamma: Tensor, S: int) -> str | None:
     """Why the kernels cannot take the input, or None. S: columns of the solve."""
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    if not q.is_cuda and not _INTERPRETED:
-        return f"q is on device {q.device}, and Triton kernels run on CUDA"
-    if q.is_cuda and _capability(q.device.index) < 80:
-        return f"the GPU has compute capability {_capability(q.device.index) / 10}, and the kernels need 8.0"
+    if reason := why_not_triton(q, capability=80):
+        return reason
     if torch.float64 in (q.dtype, f.dtype, gamma.dtype):
         return "an input is float64, and the kernels compute in float32"
     if max(q.shape[-1], f.shape[-1]) > 4096:
@@ -38,12 +30,6 @@ def why_not(q: Tensor, f: Tensor, gamma: Tensor, S: int) -> str | None:
     if 0 in (*q.shape, *f.shape):
         return "there is nothing to compute"
     return None
-
-
-@torch.compiler.assume_constant_result  # a number while torch.compile traces
-def _capability(device: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def feedback_fused(

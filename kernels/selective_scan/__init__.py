@@ -3,22 +3,18 @@
 Letters: B batch, T time, D channels, N state size per channel.
 """
 
-import os
-from importlib.util import find_spec
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from mixerlab.kernels.backend import choose
+from mixerlab.kernels.backend import choose, why_not_triton
 from mixerlab.kernels.selective_scan.autograd import scan
 from mixerlab.kernels.selective_scan.reference import selective_scan_reference
 
 __all__ = ["selective_scan"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_HAS_TRITON = find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @overload
@@ -92,7 +88,7 @@ def selective_scan(
     name = choose(
         "selective_scan",
         backend,
-        {"triton": lambda: _why_not_triton(x), "chunked": lambda: None, "reference": lambda: None},
+        {"triton": lambda: why_not_triton(x), "chunked": lambda: None, "reference": lambda: None},
     )
     accumulate = torch.float32
     for tensor in (x, dt, A, B_in, C_out):
@@ -114,14 +110,6 @@ def selective_scan(
         if D_skip is not None:
             y = y + D_skip * x
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
-
-
-def _why_not_triton(x: Tensor) -> str | None:
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    if not x.is_cuda and not _INTERPRETED:
-        return f"x is on device {x.device}, and Triton kernels run on CUDA"
-    return None
 
 
 def _check(

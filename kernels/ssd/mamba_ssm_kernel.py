@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mixerlab.kernels.backend import why_not_cuda
+
 _CHUNK = 256  # what mamba_ssm and transformers use
 _CHUNKS = (16, 32, 64, 128, 256)
 _LARGEST_STATE = 256  # no published Mamba-2 has a larger one
@@ -63,8 +65,8 @@ def why_not_mamba_ssm(
     """None if the kernels can take the input, else the reason why not."""
     if torch.compiler.is_compiling():
         return "torch.compile does not trace its kernels"
-    if not _is_on_cuda(x):  # before the import, which is slow
-        return f"x is on device {x.device}, and its kernels run on CUDA"
+    if reason := why_not_cuda(x):  # before the import, which is slow
+        return reason
     if torch._C._are_functorch_transforms_active():
         return "its kernels have no rules for torch.func"
     if any(operand.dtype == torch.float64 for operand in (x, dt, A, B_in, C_out)):
@@ -81,10 +83,6 @@ def why_not_mamba_ssm(
 def _products_dtype(x: Tensor, B_in: Tensor, C_out: Tensor) -> torch.dtype:
     """The kernels' products need operands of one dtype."""
     return torch.promote_types(x.dtype, torch.promote_types(B_in.dtype, C_out.dtype))
-
-
-def _is_on_cuda(x: Tensor) -> bool:
-    return x.is_cuda
 
 
 @cache

@@ -1,8 +1,10 @@
 import logging
 
 import pytest
+import torch
 
-from mixerlab.kernels.backend import choose, use_backend
+from mixerlab.kernels import backend
+from mixerlab.kernels.backend import choose, use_backend, why_not_cuda, why_not_triton
 
 BACKENDS = {"fast": lambda: "needs a GPU", "plain": lambda: None, "slow": lambda: None}
 
@@ -55,3 +57,31 @@ def test_each_decision_is_logged_once(caplog):
         "logged once: backend plain (requested: auto)",
         "logged once: backend slow (requested: slow)",
     ]
+
+
+class OnGpu:
+    """What the checks ask of a tensor."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+def test_kernels_for_cuda_say_why_they_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {1: (7, 5)}[device])
+    assert why_not_cuda(torch.zeros(1)) == "it is on device cpu, and the kernels run on CUDA"
+    assert why_not_cuda(OnGpu()) is None
+    assert why_not_cuda(OnGpu(), 80) == "the GPU has compute capability 7.5, and the kernels need 8.0"
+    assert why_not_cuda(OnGpu(), 75) is None
+
+
+def test_triton_runs_on_cuda_and_interpreted_anywhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    assert "on device cpu" in why_not_triton(torch.zeros(1), 80)
+    assert why_not_triton(OnGpu()) is None
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    assert why_not_triton(torch.zeros(1), 80) is None
+    assert "7.5" in why_not_triton(OnGpu(), 80)
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    assert why_not_triton(torch.zeros(1)) == "triton is not installed"

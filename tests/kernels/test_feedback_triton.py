@@ -16,8 +16,8 @@ import torch
 from ahead_of_time import compile_launch, distinct, record
 from dispatched import dispatched
 from measure import peak_bytes
+from mixerlab.kernels import backend
 from mixerlab.kernels.feedback import feedback_attention
-from mixerlab.kernels.feedback import fused as operators
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def test_numbers_agree_on_a_gpu_or_else_in_the_interpreter():
 
 def test_without_a_gpu_the_backend_is_refused_with_the_reason():
     x, gamma = torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3)
-    with pytest.raises(ValueError, match=r"'triton' cannot take this input: q is on device cpu.*chunked"):
+    with pytest.raises(ValueError, match=r"'triton' cannot take this input: it is on device cpu.*chunked"):
         feedback_attention(x, x, x, gamma, backend="triton")
 
 
@@ -60,7 +60,7 @@ def launches(monkeypatch):
     pytest.importorskip("triton")
     from mixerlab.kernels.feedback import triton as kernels
 
-    monkeypatch.setattr(operators, "_INTERPRETED", True)
+    monkeypatch.setattr(backend, "INTERPRETED", True)
     return record(kernels, monkeypatch)
 
 

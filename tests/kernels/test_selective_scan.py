@@ -287,7 +287,7 @@ def test_memory_grows_linearly_and_holds_few_states(tmp_path):
         ("segment_ids", torch.zeros(2, 13), "segment_ids has dtype torch.float32, expected torch.int64"),
         ("dt", torch.zeros(2, 13, 3, device="meta"), "dt is on device meta"),
         ("backend", "cuda", "unknown backend 'cuda'"),
-        ("backend", "triton", "x is on device cpu"),
+        ("backend", "triton", "it is on device cpu"),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_was_expected(name, value, message):

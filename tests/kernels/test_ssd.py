@@ -192,7 +192,7 @@ def stand_in(monkeypatch):
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, package.__name__, package)
-    monkeypatch.setattr(mamba_ssm_kernel, "_is_on_cuda", lambda x: True)
+    monkeypatch.setattr(mamba_ssm_kernel, "why_not_cuda", lambda x: None)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     mamba_ssm_kernel._load.cache_clear()
     yield calls
@@ -288,9 +288,9 @@ def test_transforms_do_without_mamba_ssm(transform, stand_in):
 
 def test_mamba_ssm_says_why_it_cannot_run(monkeypatch):
     arguments = [a.detach().half() for a in inputs(9)]
-    with pytest.raises(ValueError, match=r"'mamba_ssm' cannot take this input: x is on device cpu.*chunked"):
+    with pytest.raises(ValueError, match=r"'mamba_ssm' cannot take this input: it is on device cpu.*chunked"):
         ssd(*arguments, backend="mamba_ssm")
-    monkeypatch.setattr(mamba_ssm_kernel, "_is_on_cuda", lambda x: True)
+    monkeypatch.setattr(mamba_ssm_kernel, "why_not_cuda", lambda x: None)
     monkeypatch.setattr(sys, "path", [])
     for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
         monkeypatch.delitem(sys.modules, name)

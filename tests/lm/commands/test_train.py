@@ -13,7 +13,7 @@ def test_a_backend_that_cannot_run_here_gets_one_clear_line(options, capsys, com
     mixer = "model.mixer={name: mamba2, backend: mamba_ssm}"
     assert train(TINY, mixer, *options, *command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ssd: backend 'mamba_ssm' cannot take this input: x is on device cpu")
+    assert error.startswith("error: ssd: backend 'mamba_ssm' cannot take this input: it is on device cpu")
 
 
 def test_overrides_may_stand_behind_an_option(at_the_root, capsys):
