@@ -121,17 +121,16 @@ class Sessa(Attention):
             return f, after
         q, k, gamma = self._route(x)
         f = self._heads(f)
-        inputs, k_past, s_past = (q, k, f), state.k_fb, state.s
-        if x.shape[1] == 1 and (x.is_cuda or self.sessa.backend == "triton"):
-            # The kernel reads the caches in place, as far as each row's length, which the host need not know.
-            # Where their dtype is another, what is new takes it: less to cast than the caches.
-            inputs = (q.to(k_past.dtype), k.to(k_past.dtype), f.to(s_past.dtype))
-        else:
-            used = state.longest
-            k_past, s_past = k_past[:, :, :used].to(k.dtype), s_past[:, :, :used].to(f.dtype)
         s = feedback_attention(
-            *inputs, gamma, past=(k_past, s_past), past_length=state.length, backend=self.sessa.backend
-        ).to(f.dtype)  # (B, H, T, K)
+            q,
+            k,
+            f,
+            gamma,
+            past=(state.k_fb, state.s),
+            past_length=state.length,
+            past_longest=state.longest,
+            backend=self.sessa.backend,
+        )  # (B, H, T, K)
         positions = state.length[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, T)
         write_slots(state.k_fb, k, positions)
         write_slots(state.s, s, positions)

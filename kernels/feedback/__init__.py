@@ -30,6 +30,7 @@ def feedback_attention(
     segment_ids: Tensor | None = None,
     past: tuple[Tensor, Tensor] | None = None,
     past_length: Tensor | None = None,
+    past_longest: int | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -47,6 +48,7 @@ def feedback_attention(
     segment_ids: Tensor | None = None,
     past: tuple[Tensor, Tensor] | None = None,
     past_length: Tensor | None = None,
+    past_longest: int | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -63,6 +65,7 @@ def feedback_attention(
     segment_ids: Tensor | None = None,
     past: tuple[Tensor, Tensor] | None = None,
     past_length: Tensor | None = None,
+    past_longest: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -79,11 +82,14 @@ def feedback_attention(
         gamma: gain (B, H, T); float32 is right even where the others are bf16, in which 0.999 is 1.
         scale: factor of the logits; None means K ** -0.5.
         segment_ids: (B, T) int64, non-decreasing in each row; nothing flows between segments.
-        past: (k, s) of earlier positions, (B, H, L, K) and (B, H, L, P), of k's and f's dtypes; one
-            softmax runs over past and new positions. Not together with `segment_ids`.
+        past: (k, s) of earlier positions, (B, H, L, K) and (B, H, L, P); one softmax runs over past and new
+            positions. Not together with `segment_ids`. With T = 1 the triton backend reads it in place; else
+            other dtypes than those of k and f are cast to them.
         past_length: (B,) int64, how many of the L past positions of each row are valid (the first
-            ones; the rest may hold anything finite); None means all. With T = 1 the triton backend reads the
-            valid ones alone, once and in place, so that the whole of a longer buffer can be given.
+            ones; the rest may hold anything finite); None means all.
+        past_longest: the most of `past_length`, for the host, which does not read it from the device; None
+            means L. So a buffer longer than its content can be given whole: none of the rest is copied, and
+            none of it is read by the triton backend with T = 1.
         return_lse: also return the natural log-sum-exp of each row's visible scaled logits; it carries no
             gradient.
         backend: "auto", "triton" (CUDA), "chunked" or "reference".
@@ -99,9 +105,8 @@ def feedback_attention(
         ValueError: a shape, dtype or device does not fit, or the backend cannot take the input.
     """
     _check(q, k, f, gamma, segment_ids, past, past_length, chunk_size)
-    if past is not None and past[0].shape[2] == 0:
-        past = None
-    L = 0 if past is None or q.shape[2] == 1 else past[0].shape[2]  # one new position has nothing to solve
+    one = q.shape[2] == 1  # which has nothing to solve
+    L = 0 if past is None or one else past[0][:, :, :past_longest].shape[2]
     name = choose(
         "feedback_attention",
         backend,
@@ -111,6 +116,9 @@ def feedback_attention(
             "reference": lambda: None,
         },
     )
+    if past is not None and not (one and name == "triton" and past[0].shape[2]):
+        past = past[0][:, :, :past_longest].to(k.dtype), past[1][:, :, :past_longest].to(f.dtype)
+        past = None if past[0].shape[2] == 0 else past
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     accumulate = torch.float32
     for x in (q, f, gamma):
@@ -209,8 +217,12 @@ def _check(
         if past[0].ndim != 4:
             raise ValueError(f"past[0] has shape {tuple(past[0].shape)}, expected (B, H, L, K)")
         L = past[0].shape[2]
-        _expect("past[0]", past[0], (B, H, L, K), "(B, H, L, K), as k", k.dtype, q.device)
-        _expect("past[1]", past[1], (B, H, L, P), "(B, H, L, P), as past[0] and f", f.dtype, q.device)
+        for i, shape, letters in (
+            (0, (B, H, L, K), "(B, H, L, K), as k"),
+            (1, (B, H, L, P), "(B, H, L, P), as past[0] and f"),
+        ):
+            _expect_float(f"past[{i}]", past[i])
+            _expect(f"past[{i}]", past[i], shape, letters, past[i].dtype, q.device)
     if past_length is not None:
         if past is None:
             raise ValueError("past_length is given without past")

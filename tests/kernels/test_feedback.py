@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -253,6 +254,20 @@ def test_ragged_caches_equal_each_row_alone(backend, T):
         valid = (past[0][b : b + 1, :, :n], past[1][b : b + 1, :, :n])
         alone = feedback_attention(*row, past=valid, **options)
         assert_all_close([x[b : b + 1] for x in together], alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T", [1, 5])
+def test_a_cache_may_be_longer_than_its_content_and_of_another_dtype(backend, T):
+    inputs = make_inputs(3, T=T)
+    for lengths in ([0, 0, 0], [2, 7, 5]):
+        longest = max(lengths)
+        k, s = (torch.randn(3, 2, 20, width, dtype=torch.bfloat16) for width in (4, 5))
+        k[:, :, longest:] = s[:, :, longest:] = torch.nan
+        options: dict[str, Any] = {"past_length": torch.tensor(lengths), "backend": backend}
+        actual = feedback_attention(*inputs, past=(k, s), past_longest=longest, **options)
+        content = (k[:, :, :longest].double(), s[:, :, :longest].double())
+        assert_all_close([actual], [feedback_attention(*inputs, past=content, **options)])
 
 
 def test_past_receives_gradients_at_one_new_position():
@@ -528,7 +543,11 @@ def replaced(position, tensor):
         (replaced(3, torch.zeros(2, 2, 13, device="meta")), {}, r"gamma is on device meta, expected cpu"),
         (make_inputs(), {"segment_ids": SEGMENTS[:1]}, r"segment_ids has shape \(1, 13\).*\(2, 13\)"),
         (make_inputs(), {"segment_ids": SEGMENTS.int()}, r"segment_ids has dtype torch.int32"),
-        (make_inputs(), {"past": (torch.zeros(2, 2, 6, 4), torch.zeros(2, 2, 6, 5))}, r"past\[0\] has dtype"),
+        (
+            make_inputs(),
+            {"past": (torch.zeros(2, 2, 6, 4).int(), torch.zeros(2, 2, 6, 5))},
+            r"past\[0\] has dtype",
+        ),
         (
             make_inputs(),
             {"past": (torch.zeros(2, 2, 6, 4, dtype=F64), torch.zeros(2, 2, 5, 5, dtype=F64))},
