@@ -36,7 +36,7 @@ def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], st
     Raises:
         BackendError: `requested` is unknown, or cannot take the input, or no backend can.
     """
-    wanted = _override if requested == "auto" and _override is not None else requested
+    wanted = _override if requested == "auto" and _override in backends else requested
     if wanted != "auto" and wanted not in backends:
         raise BackendError(f"{operator}: unknown backend {wanted!r}, expected one of {['auto', *backends]}")
     refusals = {}
@@ -76,7 +76,9 @@ def _capability(device: int) -> int:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """What backend="auto" means inside this context, in all threads. A forced backend stays forced.
+    """What backend="auto" means inside this context, in all threads, of the operators that have one of that name.
+
+    A forced backend stays forced.
 
     A backward pass that recomputes the forward pass (activation checkpointing) chooses again, so it
     belongs inside the context too.

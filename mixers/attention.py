@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mixerlab.mixers.mixer import Mixer, State, check_room
+from mixerlab.kernels.attention import causal_attention
+from mixerlab.mixers.kv_cache import AttentionState
+from mixerlab.mixers.mixer import Mixer, check_room
 from mixerlab.mixers.registry import register_mixer
+from mixerlab.mixers.rotary import rotate, segment_positions
 from mixerlab.options import option
 
 
@@ -63,149 +63,6 @@ class AttentionConfig:
 
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
         yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope)
-
-
-@dataclass
-class AttentionState(State):
-    k: Tensor  # (B, G, S, K), rotated; position p lies in slot p mod S
-    v: Tensor  # (B, G, S, K)
-    selected: Tensor | None  # (B, S) bool, the slots that later positions see; None: all
-    max_len: int
-
-
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding on interleaved pairs (Su et al., arXiv 2104.09864, eq. 34).
-
-    x (B, H, T, K) with K even; positions (B or 1, T) int64 -> (B, H, T, K) in x's dtype.
-    """
-    head_dim = x.shape[-1]
-    # float32 whatever the model's dtype: the published layer has float32 frequencies, and bf16 positions
-    # would collide from 257 on.
-    exponents = torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float32) / head_dim  # (K/2,)
-    angles = positions[:, None, :, None].float() / theta**exponents  # (B, 1, T, K/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]  # (B, H, T, K/2) each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)  # (B, H, T, K)
-
-
-def segment_positions(segment_ids: Tensor) -> Tensor:
-    """Positions counted from 0 within each segment: (B, T) int64 -> (B, T) int64."""
-    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)  # (T,)
-    first = torch.ones_like(segment_ids, dtype=torch.bool)
-    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return index - torch.where(first, index, 0).cummax(dim=1).values
-
-
-BLOCK = 128
-
-
-def block_mask(
-    segment_ids: Tensor | None,
-    window: int | None,
-    time: int,
-    device: torch.device,
-    selected: Tensor | None = None,
-) -> BlockMask:
-    """What `flex_attention` needs to know of the visible positions, made without a T x T mask.
-
-    segment_ids (B, T) int64 or None, selected (B, T) bool or None, as in `causal_attention`. Since ids do not
-    decrease along a row, their first and last in a block of positions tell whether two blocks share a segment.
-    """
-    n_blocks = -(-time // BLOCK)
-    first = torch.arange(n_blocks, device=device) * BLOCK  # (n,)
-    last = (first + BLOCK - 1).clamp(max=time - 1)  # (n,)
-    shared = first[:, None] >= first  # (n, n): blocks of queries by blocks of keys
-    if window is not None:
-        shared = shared & (last > first[:, None] - window)
-    if segment_ids is not None:
-        shared = shared & (segment_ids[:, last][:, None, :] >= segment_ids[:, first][:, :, None])  # (B, n, n)
-    shared = shared.view(-1, 1, n_blocks, n_blocks)
-
-    def visible(b, h, i, j):
-        mask = j <= i
-        if window is not None:
-            mask = mask & (j > i - window)
-        if segment_ids is not None:
-            mask = mask & (segment_ids[b, i] == segment_ids[b, j])
-        if selected is not None:
-            mask = mask & (selected[b, j] | (i == j))
-        return mask
-
-    return BlockMask.from_kv_blocks(
-        shared.sum(-1).int(),
-        shared.int().argsort(dim=-1, descending=True, stable=True).int(),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=visible,
-        seq_lengths=(time, time),
-    )
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex_attention():
-    return torch.compile(flex_attention)
-
-
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segment_ids: Tensor | None = None,
-    window: int | None = None,
-    selected: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention over the visible past and the position itself.
-
-    q (B, H, T, K); k, v (B, G, T, K), G dividing H -> (B, H, T, K). Visible to i are j in (i - window, i] of
-    i's own segment, and of those, if `selected` (B, T) bool is given, the selected ones and i itself. On CUDA
-    no T x T mask is made.
-    """
-    gqa = q.shape[1] != k.shape[1]
-    if segment_ids is None and selected is None and (window is None or window >= q.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    if q.is_cuda:
-        mask = block_mask(segment_ids, window, q.shape[2], q.device, selected)
-        attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-        return attend(q, k, v, block_mask=mask, enable_gqa=gqa)
-    index = torch.arange(q.shape[2], device=q.device)  # (T,)
-    visible = index[:, None] >= index  # (T, T)
-    if window is not None:
-        visible = visible & (index[:, None] - index < window)
-    if segment_ids is not None:
-        visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])  # (B, 1, T, T)
-    if selected is not None:
-        itself = index[:, None] == index  # (T, T)
-        visible = visible & (selected[:, None, None, :] | itself)  # (B, 1, T, T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
-
-
-def write_slots(cache: Tensor, new: Tensor, slots: Tensor) -> None:
-    """Writes new (B, H, T, K) into cache (B, H, S, K) at slots (B, T), in place."""
-    index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])  # (B, H, T, K)
-    cache.scatter_(2, index, new.to(cache.dtype))
-
-
-def _write(state: AttentionState, k: Tensor, v: Tensor, positions: Tensor, selected: Tensor | None) -> None:
-    """Keeps keys and values (B, G, T, K) of new positions (B, T), and which of them are selected (B, T)."""
-    slots = state.k.shape[2]
-    # Of more new positions than slots only the last survive; writing all would leave the order to chance.
-    kept = slice(max(0, positions.shape[1] - slots), None)
-    at = positions[:, kept] % slots
-    write_slots(state.k, k[:, :, kept], at)
-    write_slots(state.v, v[:, :, kept], at)
-    if selected is not None:
-        assert state.selected is not None
-        state.selected.scatter_(1, at, selected[:, kept])
-
-
-def _cached(state: AttentionState) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Views of the slots in use: k and v (B, G, S, K); their positions (B, S), below 0 if none; `selected` (B, S)."""
-    slots = state.k.shape[2]
-    used = min(slots, state.longest)
-    last = state.length[:, None] - 1  # (B, 1)
-    slot = torch.arange(used, device=last.device)  # (S,)
-    newest = last - (last - slot) % slots  # (B, S): the newest position written to each slot
-    selected = None if state.selected is None else state.selected[:, :used]
-    return state.k[:, :, :used], state.v[:, :, :used], newest, selected
 
 
 @register_mixer("attention", AttentionConfig)
@@ -277,49 +134,20 @@ class Attention(Mixer):
         self, x: Tensor, state: AttentionState, selected: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
         """As every mixer's; `selected` (B, T) as in `forward`, kept in `state.selected`, which must be there."""
-        new, slots = x.shape[1], state.k.shape[2]
+        new = x.shape[1]
         check_room(state.longest, new, state.max_len)
         positions = state.length[:, None] + torch.arange(new, device=x.device)  # (B, T)
         q, k, v = self._project(x, positions)
         after = state.advanced(new)
-        if new > 1 and state.longest == 0:
-            # The whole past is in x: no mask over cached slots needed.
+        if new > 1 and state.longest == 0:  # the whole past is in x: no mask over cached slots needed
             y = causal_attention(q, k, v, window=self.config.window, selected=selected)
-            _write(state, k, v, positions, selected)
-        elif new > 1 and after.longest > slots:
-            # Written first, the last of the new positions could take slots that the first of them still see.
-            k_past, v_past, keys_at, seen = _cached(state)
-            y = self._attend(
-                q,
-                torch.cat((k_past.to(k.dtype), k), dim=2),
-                torch.cat((v_past.to(v.dtype), v), dim=2),
-                positions,
-                torch.cat((keys_at, positions), dim=1),
-                None if seen is None or selected is None else torch.cat((seen, selected), dim=1),
-            )
-            _write(state, k, v, positions, selected)
+            state.write(k, v, positions, selected)
         else:
-            _write(state, k, v, positions, selected)
-            k_all, v_all, keys_at, seen = _cached(after)  # views: the cache is not copied
-            y = self._attend(q, k_all.to(k.dtype), v_all.to(v.dtype), positions, keys_at, seen)
+            k, v, keys_at, seen = state.take(k, v, positions, selected)
+            y = causal_attention(
+                q, k, v, window=self.config.window, selected=seen, positions=(positions, keys_at)
+            )
         return self._merge(y), after
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, keys_at: Tensor, selected: Tensor | None
-    ) -> Tensor:
-        """Attention of q (B, H, T, K) at `positions` (B, T) over k and v (B, G, S, K) at `keys_at` (B, S).
-
-        A key at a position below 0 is none; of the others, if `selected` (B, S) is given, a query sees the selected
-        and its own.
-        """
-        keys_at = keys_at[:, None, :]  # (B, 1, S)
-        visible = (keys_at >= 0) & (keys_at <= positions[:, :, None])  # (B, T, S)
-        if self.config.window is not None:
-            visible &= keys_at > positions[:, :, None] - self.config.window
-        if selected is not None:
-            visible &= selected[:, None, :] | (keys_at == positions[:, :, None])
-        gqa = self.n_heads != self.n_kv_heads
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=gqa)
 
     def flops(self, seq_len: int) -> int:
         window = seq_len if self.config.window is None else min(self.config.window, seq_len)

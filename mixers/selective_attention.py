@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixerlab.mixers.attention import Attention, AttentionConfig, AttentionState, head_problems
+from mixerlab.mixers.attention import Attention, AttentionConfig, head_problems
+from mixerlab.mixers.kv_cache import AttentionState
 from mixerlab.mixers.mixer import Mixer, State, check_room
 from mixerlab.mixers.registry import build_mixer, register_mixer
 from mixerlab.options import option

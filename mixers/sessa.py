@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixerlab.kernels.feedback import feedback_attention, routing_entropy
-from mixerlab.mixers.attention import Attention, AttentionConfig, AttentionState, head_problems, write_slots
+from mixerlab.mixers.attention import Attention, AttentionConfig, head_problems
+from mixerlab.mixers.kv_cache import AttentionState, write_slots
 from mixerlab.mixers.registry import register_mixer
 from mixerlab.options import option
 

@@ -42,6 +42,11 @@ def test_use_backend_changes_auto_and_nothing_else():
     assert choose("op", "auto", BACKENDS) == "plain"
 
 
+def test_use_backend_leaves_operators_without_that_backend_alone():
+    with use_backend("other"):
+        assert choose("op", "auto", BACKENDS) == "plain"
+
+
 def test_use_backend_ends_with_an_error_too():
     with pytest.raises(ValueError, match="needs a GPU"), use_backend("fast"):
         choose("op", "auto", BACKENDS)
