@@ -11,8 +11,8 @@ from torch import Tensor
 from mixerlab.kernels.backend import choose
 from mixerlab.kernels.feedback.chunked import entropy_chunked, feedback_chunked
 from mixerlab.kernels.feedback.fused import feedback_fused, why_not
-from mixerlab.kernels.feedback.reference import feedback_reference, feedback_step
-from mixerlab.kernels.feedback.step import needs_gradient, step_fused
+from mixerlab.kernels.feedback.reference import feedback_reference
+from mixerlab.kernels.feedback.step import feedback_step
 
 __all__ = ["feedback_attention", "routing_entropy"]
 
@@ -127,11 +127,8 @@ def feedback_attention(
     s_past, ids = None, segment_ids
     with torch.autocast(q.device.type, enabled=False):
         if past is not None and q.shape[2] == 1:
-            k_past, s_past = past
-            if name == "triton" and not needs_gradient(q, f, gamma, *past):
-                s, lse = step_fused(q, k_past, f, gamma, s_past, past_length, scale)
-                return (s, lse) if return_lse else s
-            s, lse = feedback_step(q, k_past, f, gamma, s_past, past_length, scale, accumulate, return_lse)
+            step = (q, past[0], f, gamma, past[1], past_length, scale)
+            s, lse = feedback_step(*step, accumulate, return_lse, by_kernels=name == "triton")
             return s if lse is None else (s, lse)
         if name == "triton":
             s, lse = feedback_fused(

@@ -5,9 +5,11 @@
     combine   brings the blocks together for a few features per program, and applies gain and input
 
 Arithmetic is in float32, and each number is added up by one program in a fixed order. Blocks beyond a row's length
-end at once and are never read. Beside the cache, a block moves its weighted states, written and read in float32:
-with 32 positions per block and a 16-bit cache that is 1/16 more bytes, few enough that one size of block does for
-all shapes, and small enough that 8192 positions of one head make 256 programs, some for every multiprocessor.
+end at once and are never read. Beside the cache, a block moves its weighted states, written and read in float32: with
+blocks of 32 positions and a 16-bit cache 1/16 more bytes. 32 is small enough that 8192 positions of one head make 256
+programs, some for every multiprocessor. `combine` has few programs, 32 for one head 1024 wide, and each reads its
+features of every block, so beyond 512 blocks (16384 positions) the block doubles with the cache: at 65536 positions it
+has 128, and the extra bytes are 1/64. It stops at 512 positions, from where on there are more blocks than 512.
 
 Letters: B batch, H heads, L cached positions, K key width, P value width.
 """
@@ -19,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 32
-"""Cached positions per program."""
-_CHUNK = 256
-"""Most features loaded at a time: of 32 positions, 16 KiB in 16 bits."""
+_BLOCKS = (32, 64, 128, 256, 512)
+"""Cached positions per program: the fewest that make at most `_MOST_BLOCKS`, else the last."""
+_MOST_BLOCKS = 512
+_LOADED = 16384
+"""Most bytes loaded at a time."""
 
 
 def feedback_decode(
@@ -47,12 +50,13 @@ def feedback_decode(
     """
     B, H, L, K = k_past.shape
     P = s_past.shape[3]
-    n_blocks = triton.cdiv(L, BLOCK)
+    block = next((size for size in _BLOCKS if size * _MOST_BLOCKS >= L), _BLOCKS[-1])
+    n_blocks = triton.cdiv(L, block)
     empty = partial(torch.empty, dtype=torch.float32, device=q.device)
     tops, totals, sums = empty(B, H, n_blocks), empty(B, H, n_blocks), empty(B, H, n_blocks, P)
     s, lse = f.new_empty(B, H, 1, P), empty(B, H, 1)
     length = q if past_length is None else past_length.contiguous()
-    shared = {"H": H, "P": P, "BLOCK": BLOCK, "HAS_LENGTH": past_length is not None}
+    shared = {"H": H, "P": P, "BLOCK": block, "HAS_LENGTH": past_length is not None}
     with torch.cuda.device_of(q):
         attend_kernel[(n_blocks, B * H)](
             q,
@@ -68,8 +72,8 @@ def feedback_decode(
             *k_past.stride(),
             *s_past.stride(),
             K=K,
-            K_CHUNK=_chunk(k_past),
-            P_CHUNK=_chunk(s_past),
+            K_CHUNK=_chunk(k_past, block),
+            P_CHUNK=_chunk(s_past, block),
             **shared,
             num_warps=8 if max(K, P) > 64 else 4,
         )
@@ -93,9 +97,13 @@ def feedback_decode(
     return s, lse
 
 
-def _chunk(cache: Tensor) -> int:
-    # Of numbers that lie apart, each takes two registers of address.
-    most = _CHUNK if cache.stride(3) == 1 else 64
+def _chunk(cache: Tensor, block: int) -> int:
+    """Features loaded at a time of a block's positions."""
+    most = _LOADED // (cache.element_size() * block)
+    if cache.stride(3) != 1:  # of numbers that lie apart, each takes two registers of address
+        most //= 4
+    elif cache.stride(2) * cache.element_size() % 16:  # short loads, which take more registers than long ones
+        most //= 2
     return min(max(16, triton.next_power_of_2(cache.shape[3])), most)
 
 

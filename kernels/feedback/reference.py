@@ -5,7 +5,6 @@ Letters: B batch, H heads, T new positions, L past positions, S = L + T columns,
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 
 def feedback_reference(
@@ -59,44 +58,3 @@ def feedback_reference(
     if return_lse:
         lse = logits.detach().to(accumulate).logsumexp(-1).masked_fill(empty, float("-inf"))
     return s.to(f.dtype), lse
-
-
-def feedback_step(
-    q: Tensor,
-    k_past: Tensor,
-    f: Tensor,
-    gamma: Tensor,
-    s_past: Tensor,
-    past_length: Tensor | None,
-    scale: float,
-    accumulate: torch.dtype,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """One new position (T = 1): attention over the strict past, nothing to solve.
-
-    The cache, k_past (B, H, L, K) and s_past (B, H, L, P), is read in place, not copied, where their
-    dtypes agree. Other shapes and the result as in `feedback_reference`.
-    """
-    L = k_past.shape[2]
-    gain = gamma.to(accumulate)[..., None]  # (B, H, 1, 1)
-    visible = nothing = None
-    if past_length is not None:
-        length = past_length[:, None, None, None]  # (B, 1, 1, 1)
-        nothing = length == 0
-        # A row that sees nothing attends to column 0, for a softmax without NaN, with gain 0.
-        visible = torch.arange(L, device=q.device) < length.clamp_min(1)  # (B, 1, 1, L)
-        gain = gain.masked_fill(nothing, 0.0)
-    dtype = torch.promote_types(k_past.dtype, s_past.dtype)
-    attended = scaled_dot_product_attention(
-        q.to(dtype), k_past.to(dtype), s_past.to(dtype), attn_mask=visible, scale=scale
-    )  # (B, H, 1, P)
-    # The gain comes last, in `accumulate`: as a bf16 weight, 0.999 would round to 1.
-    s = (f.to(accumulate) + gain * attended.to(accumulate)).to(f.dtype)
-
-    lse = None
-    if return_lse:
-        logits = (q @ k_past.mT).detach().to(accumulate) * scale  # (B, H, 1, L)
-        if visible is not None and nothing is not None:
-            logits = logits.masked_fill(~visible | nothing, float("-inf"))
-        lse = logits.logsumexp(-1)  # (B, H, 1)
-    return s, lse

@@ -61,13 +61,32 @@ def test_two_launches_spread_over_positions_heads_and_rows(launches):
     ]
 
 
-def test_a_longer_cache_compiles_nothing(launches):
+@pytest.mark.parametrize(
+    ("L", "blocks", "size"),
+    [
+        (1, 1, 32),
+        (16384, 512, 32),
+        (16385, 257, 64),
+        (65536, 512, 128),
+        (200_000, 391, 512),
+        (262_144, 512, 512),
+        (262_145, 513, 512),
+    ],
+)
+def test_blocks_grow_with_the_cache(L, blocks, size, launches):
+    step(16, 16, B=1, H=1, L=L)
+    assert launches[0].grid == (blocks, 1)
+    assert [launch.arguments["BLOCK"] for launch in launches] == [size, size]
+
+
+def test_a_longer_cache_of_as_large_blocks_compiles_nothing(launches):
     def compiled(**options):
         launches.clear()
         step(64, 64, **options)
         return {repr(launch.compiled_in()) for launch in launches}
 
-    assert compiled(L=100) == compiled(L=101) == compiled(L=4096) == compiled(L=33, B=5)
+    assert compiled(L=100) == compiled(L=101) == compiled(L=16384) == compiled(L=33, B=5)
+    assert compiled(L=16385) == compiled(L=32768) != compiled(L=16384)
 
 
 @pytest.mark.slow
@@ -75,7 +94,18 @@ def test_a_longer_cache_compiles_nothing(launches):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_compiles_ahead_of_time_without_spills(dtype, architecture, launches, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    widths = (16, 32, 64, 128, 256, 1024, 4096, 100, 1000)  # all chunks that can be picked, and ragged ones
+    widths = (
+        16,
+        32,
+        64,
+        128,
+        256,
+        1024,
+        4096,
+        100,
+        300,
+        1000,
+    )  # all chunks that can be picked, and ragged ones
     for width in widths if dtype != FP16 else (64, 1024):  # which differs from bfloat16 in conversions alone
         step(width, width, dtype=dtype)
     step(16, 4096, dtype=dtype)
@@ -83,6 +113,10 @@ def test_compiles_ahead_of_time_without_spills(dtype, architecture, launches, mo
     step(1024, 1024, dtype=dtype, length=False)
     step(1024, 1024, dtype=dtype, spread=2)
     step(1024, 1024, dtype=dtype, B=1, H=1)
+    for L in (32768, 65536, 131_072, 262_144) if dtype != FP16 else ():  # the other sizes of blocks
+        for width in (64, 1024, 100):
+            step(width, width, dtype=dtype, B=1, H=1, L=L)
+        step(256, 256, dtype=dtype, B=1, H=1, L=L, spread=2)
     loads_ahead = False
     for launch in distinct(launches):
         binary = compile_launch(launch, architecture, tmp_path)
