@@ -2,6 +2,7 @@
 
 from mixerlab.mixers import (  # noqa: F401  (importing registers them)
     attention,
+    deltaformer,
     identity,
     mamba,
     mamba2,

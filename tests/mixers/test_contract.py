@@ -38,6 +38,13 @@ VARIANTS: dict[str, dict] = {
         "dt_limit": (0.01, 0.9),
         "bias": True,
     },
+    "deltaformer, grouped, normed": {
+        "name": "deltaformer",
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "qk_norm": True,
+    },
+    "deltaformer, no positions": {"name": "deltaformer", "rope": False, "backend": "reference"},
     "sessa, no feedback": {"name": "sessa", "feedback": False},
     "parallel, others": {"name": "parallel", "mixers": ["sessa", {"name": "mamba", "d_state": 5}]},
     "parallel, nested": {

@@ -1,0 +1,99 @@
+"""DeltaFormer: attention over values that the delta rule has corrected (Zhong et al., arXiv 2505.19488).
+
+Letters: B batch, T time (new positions), S cached slots, D model width, H query heads, G key-value heads,
+K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixerlab.kernels.feedback import feedback_attention
+from mixerlab.mixers.attention import (
+    Attention,
+    AttentionConfig,
+    AttentionState,
+    causal_attention,
+    head_problems,
+    segment_positions,
+    write_slots,
+)
+from mixerlab.mixers.mixer import check_room
+from mixerlab.mixers.registry import register_mixer
+from mixerlab.options import option
+
+
+@dataclass
+class DeltaFormerConfig:
+    n_heads: int | None = option(None, "query heads; null: as many as `attention` would have", min=1)
+    n_kv_heads: int | None = option(None, "key and value heads, shared by groups; null: n_heads", min=1)
+    rope: bool = option(True, "rotate queries and keys by position (RoPE)")
+    qk_norm: bool = option(False, "RMS-normalise queries and keys per head")
+    backend: Literal["auto", "triton", "chunked", "reference"] = option("auto", "of the feedback operator")
+
+    def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
+        yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope)
+
+
+@register_mixer("deltaformer", DeltaFormerConfig)
+class DeltaFormer(Attention):
+    """u_t = v_t - beta_t sum_{j<t} softmax(k_t k_j) u_j, then o_t = sum_{j<=t} softmax(q_t k_j) u_j.
+
+    The delta rule with the softmax as kernel: a position takes back, by its share beta_t, what its own key finds
+    among the earlier values, before it adds its own. The first line is Sessa's recursion with gain -beta and the
+    keys as queries. Both softmaxes have scale K^-1/2 and see the same rotated keys. beta_t = sigmoid(<x_t, w> + b)
+    per key-value head: below 1, so that u stays bounded. Decoding keeps k and u, no more than attention does.
+    """
+
+    def __init__(self, config: DeltaFormerConfig, d_model: int, layer_index: int = 0, n_layers: int = 1):
+        attention = AttentionConfig(config.n_heads, config.n_kv_heads, config.rope, qk_norm=config.qk_norm)
+        super().__init__(attention, d_model, layer_index, n_layers)
+        self.backend = config.backend
+        self.beta_proj = nn.Linear(d_model, self.n_kv_heads)
+
+    def _beta(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, G, T), at least float32: in bf16 it would round to 1 too soon."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(dtype), self.beta_proj.weight.to(dtype), self.beta_proj.bias.to(dtype))
+        return logits.sigmoid().transpose(1, 2)
+
+    def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
+        if segment_ids is not None:
+            positions = segment_positions(segment_ids)  # (B, T)
+        q, k, v = self._project(x, positions)  # (B, H, T, K), (B, G, T, K) twice
+        w, gamma = k.view_as(k), -self._beta(x)  # a view: torch.compile refuses the same tensor twice
+        u = feedback_attention(w, k, v, gamma, segment_ids=segment_ids, backend=self.backend)
+        return self._merge(causal_attention(q, k, u, segment_ids))
+
+    def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """As every mixer's; `state.v` holds u."""
+        check_room(state.longest, x.shape[1], state.max_len)
+        positions = state.length[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, T)
+        q, k, v = self._project(x, positions)
+        past = state.k[:, :, : state.longest].to(v.dtype), state.v[:, :, : state.longest].to(v.dtype)
+        w, gamma = k.view_as(k), -self._beta(x)
+        u = feedback_attention(w, k, v, gamma, past=past, past_length=state.length, backend=self.backend)
+        write_slots(state.k, k, positions)
+        write_slots(state.v, u, positions)
+        after = state.advanced(x.shape[1])
+        if state.longest == 0:  # the whole past is in x: no mask over cached slots needed
+            return self._merge(causal_attention(q, k, u)), after
+        k, u = (cache[:, :, : after.longest].to(v.dtype) for cache in (state.k, state.v))  # (B, G, S, K)
+        slots = torch.arange(after.longest, device=x.device)[None]  # (1, S), a position's slot is its own
+        return self._merge(self._attend(q, k, u, positions, slots, None)), after
+
+    def flops(self, seq_len: int) -> int:
+        # The attention's count has every projection; the correction adds logits and update, a causal half each.
+        return super().flops(seq_len) + 2 * seq_len * seq_len * self.n_kv_heads * self.head_dim
+
+    @torch.no_grad()
+    def diagnostics(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
+        return {"beta": self._beta(x)}
