@@ -1,5 +1,7 @@
 """The command line: verbs, their help, and errors as messages."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import mixerlab
 from mixerlab.__main__ import VERBS, main, run
 from mixerlab.kernels.backend import BackendError
 from mixerlab.options import ConfigError
-from tiny_runs import ROOT
+from tiny_runs import ROOT, TINY
 
 TAKES = {
     "train": ["recipe", "key=value", "--print-config", "--dry-run", "resume=auto", "exit codes"],
@@ -125,6 +127,36 @@ assert "torch" not in sys.modules
 
 def test_help_answers_at_once():
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH], check=True, capture_output=True)
+
+
+def gnu_openmp_shows(program, **variables):
+    """What GNU OpenMP says of its settings, GOMP_SPINCOUNT alone, when a command loads torch."""
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run(
+        [sys.executable, *program, TINY, "--print-config"],
+        cwd=ROOT,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if not (shown := re.search(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)):
+        pytest.skip("torch brings another OpenMP here")
+    return shown[1]
+
+
+@pytest.mark.parametrize("program", [["-m", "mixerlab", "train"], ["train.py"]])
+def test_waiting_threads_soon_sleep(program):
+    assert gnu_openmp_shows(program) == "1000"
+
+
+@pytest.mark.parametrize(
+    ("variables", "shown"),
+    [({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_how_threads_wait_is_the_users_to_say(variables, shown):
+    assert gnu_openmp_shows(["train.py"], **variables) == shown
 
 
 def test_the_package_is_a_module_to_run_and_a_command():

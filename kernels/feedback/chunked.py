@@ -54,9 +54,9 @@ def entropy_chunked(
     buffer = qn.new_empty(B * H * R * T)
     for lo, hi, first in _panels(ids, T, 0, R):
         logits = _panel_logits(buffer, qn, kn, ids, _not_past(R, q.device), lo, hi, first)  # (N, R, C)
-        lse = logits.logsumexp(-1, keepdim=True)  # (N, R, 1)
-        alpha = logits.sub_(lse.masked_fill_(lse == float("-inf"), 0.0)).exp_()
-        torch.sum(torch.special.entr(alpha), -1, out=entropy[:, lo:hi])
+        empty = logits.amax(-1) == _hidden(logits.dtype)  # (N, R)
+        alpha = torch.softmax(logits, -1, out=logits)
+        entropy[:, lo:hi] = torch.special.entr(alpha).sum(-1).masked_fill_(empty, 0.0)
     return entropy.unflatten(0, (B, H))
 
 
@@ -82,23 +82,22 @@ def _forward(
     lse = fn.new_empty(B * H, T, 1)
     buffer = fn.new_empty(B * H * min(chunk_size, T) * S)
 
-    not_past = _not_past(min(chunk_size, T), q.device)
+    not_past, hidden = _not_past(min(chunk_size, T), q.device), _hidden(accumulate)
     with torch.autocast(q.device.type, enabled=False):
         for lo, hi, first in _panels(ids, T, L, chunk_size):
             logits = _panel_logits(buffer, qn, kn, ids, not_past, lo, hi, first)  # (N, R, C)
             top = logits.amax(-1, keepdim=True)  # (N, R, 1)
-            top.masked_fill_(top == float("-inf"), 0.0)  # rows that see nothing
-            weights = logits.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True)  # (N, R, 1), at least 1 where anything is visible
-            torch.add(top, total.log(), out=lse[:, lo:hi])
-            factor = gain[:, lo:hi] / total.clamp_min(1.0)  # (N, R, 1)
+            alpha = torch.softmax(logits, -1, out=logits)  # one pass; the parts of a softmax would be four
+            torch.sub(top, alpha.amax(-1, keepdim=True).log_(), out=lse[:, lo:hi])
+            panel_gain = gain[:, lo:hi].masked_fill(top == hidden, 0.0)  # (N, R, 1)
 
             before = L + lo - first
-            rhs = torch.bmm(weights[..., :before], s[:, first : L + lo])  # (N, R, P)
-            torch.addcmul(fn[:, lo:hi], rhs, factor, out=rhs)
-            square = weights[..., before:] * -factor  # (N, R, R)
+            rhs = torch.bmm(alpha[..., :before], s[:, first : L + lo])  # (N, R, P)
+            torch.addcmul(fn[:, lo:hi], rhs, panel_gain, out=rhs)
+            square = alpha[..., before:] * -panel_gain  # (N, R, R)
             torch.linalg.solve_triangular(square, rhs, upper=False, unitriangular=True, out=rhs)
             s[:, L + lo : L + hi] = rhs
+    lse.masked_fill_(lse == hidden, float("-inf"))
     return s[:, L:].unflatten(0, (B, H)).to(f.dtype).contiguous(), lse.view(B, H, T)
 
 
@@ -122,9 +121,8 @@ def _backward(
     qn, kn = (x.flatten(0, 1).to(accumulate) for x in (q, k))  # (N, T, K), (N, S, K)
     qn = qn * scale
     sn = (torch.cat([s_past, s], dim=2) if L else s).flatten(0, 1).to(accumulate)  # (N, S, P)
-    gain = gamma.flatten(0, 1).to(accumulate)[..., None]  # (N, T, 1)
-    row_lse = lse.flatten(0, 1)[..., None]  # (N, T, 1)
-    row_lse = row_lse.masked_fill(row_lse == float("-inf"), 0.0)  # rows that see nothing
+    empty = (lse == float("-inf")).flatten(0, 1)[..., None]  # (N, T, 1), rows that see nothing
+    gain = gamma.flatten(0, 1).to(accumulate)[..., None].masked_fill(empty, 0.0)  # (N, T, 1)
 
     # Contiguous whatever the layout of q and k, as register_fake promises.
     dq, dk, dgamma = qn.new_empty(qn.shape), kn.new_zeros(kn.shape), gain.new_empty(gain.shape)
@@ -137,12 +135,12 @@ def _backward(
     not_past = _not_past(min(chunk_size, T), q.device)
     with torch.autocast(q.device.type, enabled=False):
         for lo, hi, first in reversed(_panels(ids, T, L, chunk_size)):
-            alpha = _panel_logits(alpha_buffer, qn, kn, ids, not_past, lo, hi, first)  # (N, R, C)
-            alpha.sub_(row_lse[:, lo:hi]).exp_()
+            logits = _panel_logits(alpha_buffer, qn, kn, ids, not_past, lo, hi, first)  # (N, R, C)
+            alpha = torch.softmax(logits, -1, out=logits)
             panel_gain = gain[:, lo:hi]  # (N, R, 1)
 
             before = L + lo - first
-            square = (alpha[..., before:] * -panel_gain).mT.contiguous()  # (N, R, R): else the solver is slow
+            square = (alpha[..., before:] * -panel_gain).mT  # (N, R, R)
             panel_g = g[:, L + lo : L + hi].contiguous()  # (N, R, P)
             torch.linalg.solve_triangular(square, panel_g, upper=True, unitriangular=True, out=panel_g)
             g[:, L + lo : L + hi] = panel_g
@@ -158,6 +156,7 @@ def _backward(
             torch.mul(torch.bmm(dlogits, kn[:, first : L + hi]), scale * panel_gain, out=dq[:, lo:hi])
             dk[:, first : L + hi].baddbmm_(dlogits.mT, panel_gain * qn[:, lo:hi])
 
+    dgamma.masked_fill_(empty, 0.0)
     return (
         dq.view(q.shape).to(q.dtype),
         dk.view(k.shape).to(k.dtype),
@@ -181,6 +180,12 @@ def _not_past(R: int, device: torch.device) -> Tensor:
     return torch.ones(R, R, dtype=torch.bool, device=device).triu()
 
 
+def _hidden(dtype: torch.dtype) -> float:
+    """The logit of what is not visible: beside any visible one its weight is exactly 0. -inf would make NaN of the
+    rows that see nothing; so their weights are uniform, and whoever uses them takes a gain of 0."""
+    return torch.finfo(dtype).min
+
+
 def _panel_logits(
     buffer: Tensor,
     q: Tensor,
@@ -191,15 +196,15 @@ def _panel_logits(
     hi: int,
     first: int,
 ) -> Tensor:
-    """Logits (N, R, C) of rows lo to hi, -inf where hidden, in the memory of `buffer`; q is scaled."""
+    """Logits (N, R, C) of rows lo to hi, `_hidden` where not visible, in the memory of `buffer`; q is scaled."""
     N, R, L = q.shape[0], hi - lo, k.shape[1] - q.shape[1]
     C = L + hi - first
     logits = buffer[: N * R * C].view(N, R, C)
     torch.bmm(q[:, lo:hi], k[:, first : L + hi].mT, out=logits)
-    logits[..., C - R :].masked_fill_(not_past[:R, :R], float("-inf"))
+    logits[..., C - R :].masked_fill_(not_past[:R, :R], _hidden(logits.dtype))
     if ids is not None:
         apart = ids[:, None, L + lo : L + hi, None] != ids[:, None, None, first : L + hi]  # (B, 1, R, C)
-        logits.view(ids.shape[0], -1, R, C).masked_fill_(apart, float("-inf"))
+        logits.view(ids.shape[0], -1, R, C).masked_fill_(apart, _hidden(logits.dtype))
     return logits
 
 
