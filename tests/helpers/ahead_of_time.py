@@ -39,7 +39,11 @@ class Launch:
 
     def compiled_in(self) -> dict[str, Any]:
         """What a compiled kernel depends on, beside the types of its arguments."""
-        constants = {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+        constants = {
+            p.name: self.arguments[p.name]
+            for p in self.kernel.params
+            if p.is_constexpr or self.arguments[p.name] is None
+        }
         integers = {name: self.arguments[name] for name in self.specialised()}
         hints = {name: (value == 1, value % 16 == 0) for name, value in integers.items()}
         return {"kernel": self.name, **constants, **hints, **self.options}
@@ -48,6 +52,7 @@ class Launch:
 class _Recorder:
     def __init__(self, kernel: Any, launches: list[Launch]):
         self.kernel, self.launches = kernel, launches
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
@@ -111,7 +116,7 @@ def compile_launch(launch: Launch, architecture: int, folder: Path) -> Binary:
     specialised = launch.specialised()
     for position, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or (name in specialised and value == 1):
+        if parameter.is_constexpr or value is None or (name in specialised and value == 1):
             types[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):

@@ -14,14 +14,14 @@ import torch
 import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
-import mixerlab.kernels.feedback.triton as fused
 from differentiable import func_grad, func_jacrev, func_vjp, func_vmap, func_vmap_of_grad
 from mixerlab.kernels.feedback import feedback_attention
+from mixerlab.kernels.feedback.triton import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SMALL = fused.Tiles(tile=32, step=16, product_step=16, block=16, slice=16, warps=4, solve_warps=4, stages=2)
+SMALL = tiles.Tiles(tile=32, step=16, forward_step=16, block=16, slice=16)
 
 if (
     INTERPRETED
@@ -58,8 +58,8 @@ def _poison():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several panels and tiles at lengths that the interpreter affords."""
-    monkeypatch.setattr(fused, "HALF", SMALL)
-    monkeypatch.setattr(fused, "SINGLE", SMALL)
+    monkeypatch.setattr(tiles, "HALF", SMALL)
+    monkeypatch.setattr(tiles, "SINGLE", SMALL)
 
 
 def make_inputs(B=2, H=2, T=77, K=20, P=24, L=0, *, sharpness=1.0, gain=0.999, seed=0, dtype=FP32):
@@ -161,9 +161,9 @@ def test_programs_that_share_a_sum(case, monkeypatch):
     """As they do where there are few sums of many tiles."""
     inputs = make_inputs(1, 1, T=110, L=30 if case == "past" else 0)
     options = {"segment_ids": packed(1, 110, 90)} if case == "segments" else {}
-    monkeypatch.setattr(fused, "TILES_PER_SPLIT", 1)
+    monkeypatch.setattr(tiles, "TILES_PER_SPLIT", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "PROGRAMS", 1)
+        patch.setattr(tiles, "PROGRAMS", 1)
         alone = results(inputs, inputs[2], backend="triton", chunk_size=64, **options)
     assert error_of(inputs, chunk_size=64, **options) < 1e-6
     shared = results(inputs, inputs[2], backend="triton", chunk_size=64, **options)
@@ -248,7 +248,7 @@ def lengths_and_dtypes():
 @pytest.mark.parametrize(("T", "dtype"), list(lengths_and_dtypes()), ids=str)
 def test_error_is_at_most_1_2_times_the_textbook_compositions(T, dtype, monkeypatch):
     if INTERPRETED:  # whose time goes by the number of steps
-        monkeypatch.setattr(fused, "SINGLE", replace(fused.SINGLE, step=32))
+        monkeypatch.setattr(tiles, "SINGLE", replace(tiles.SINGLE, step=32))
     cases = list(itertools.product([0.1, 1.0, 8.0], [0.5, 0.999]))
     if INTERPRETED:
         cases = [(0.1, 0.999), (8.0, 0.999), (1.0, 0.5)][: 2 if T > 100 else 3]

@@ -1,0 +1,104 @@
+"""Kernels of the forward pass alone: a panel's triangle. The weights are relative to the maxima of their tiles."""
+
+import triton
+import triton.language as tl
+
+from mixerlab.kernels.feedback.triton.functions import dot, finite, shift_and_norm, tile_factor
+
+
+@triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles"])
+def inverse_kernel(
+    weights, tops, sums, gamma, first, top, total, inverse, lo, T, L, n_tiles, H,
+    R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, INVERSE_PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, M)
+    local = tl.program_id(0) * M + i  # (M,)
+    rows = lo + local
+    inside = rows < T
+    own = (L + lo + tl.program_id(0) * M) // TILE  # the tile of columns that holds the diagonal
+    begin = 0
+    if first is not None:
+        begin = (tl.load(first + n // H * T + lo + tl.program_id(0) * M) // TILE).to(tl.int32)
+
+    row_top = tl.full((M,), float("-inf"), tl.float32)
+    for tile in range(begin, own + 1):
+        row_top = tl.maximum(row_top, tl.load(tops + (n * n_tiles + tile) * R + local))
+    shift = finite(row_top)
+    row_total = tl.zeros((M,), tl.float32)
+    for tile in range(begin, own + 1):
+        statistics = (n * n_tiles + tile) * R + local
+        row_total += tl.load(sums + statistics) * tl.exp(tl.load(tops + statistics) - shift)
+    tl.store(top + n * T + rows, row_top, mask=inside)
+    tl.store(total + n * T + rows, row_total, mask=inside)
+
+    gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0) / tl.maximum(row_total, 1.0)
+    columns = tl.multiple_of(L + lo, M) + tl.program_id(0) * M + i
+    own_rows = weights + n * R * n_tiles * TILE + local[:, None] * (n_tiles * TILE)  # (M, 1)
+    w = tl.load(own_rows + columns[None, :]).to(tl.float32)
+    w *= tile_factor(tops + (n * n_tiles + own) * R + local, shift, gain)[:, None]
+
+    # The inverse of blocks twice as large: [[A, 0], [-C, D]]^-1 = [[A^-1, 0], [D^-1 C A^-1, D^-1]].
+    difference = (
+        i[:, None] ^ i[None, :]
+    )  # its highest bit is the size of the blocks that row and column are in
+    x = tl.where(i[:, None] == i[None, :], 1.0, tl.where(difference == 1, w, 0.0))
+    size = 2
+    while size < M:
+        off = tl.where((difference >= size) & (difference < 2 * size), w, 0.0)
+        x += dot(x, dot(off, x, None, INVERSE_PRECISION), None, INVERSE_PRECISION)
+        size *= 2
+    x = tl.where(i[:, None] > i[None, :], x, 0.0)
+    padded = (T + M - 1) // M * M
+    tl.store(inverse + n * padded * M + rows[:, None] * M + i[None, :], x.to(inverse.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles", "splits"])
+def solve_kernel(
+    weights, tops, f, gamma, first, top, total, inverse, means, s, attended, lo, T, L, n_tiles, splits, H,
+    P: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, M)
+    p = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
+    some = (p < P)[None, :]
+    padded = (T + M - 1) // M * M
+    # Said so, loads are of 16 bytes and run ahead: L is in whole tiles and lo in whole panels.
+    panel = weights + n * R * n_tiles * TILE + tl.multiple_of(L + lo, M)  # its own columns
+    solution = s + (n * (L + T) + L + lo) * P  # its own rows
+    for block in range(0, (tl.minimum(R, T - lo) + M - 1) // M):
+        local = block * M + i
+        rows = lo + local
+        inside = rows < T
+        shift, norm = shift_and_norm(top, total, n * T + rows, inside)
+        own_rows = panel + local[:, None] * (n_tiles * TILE)  # (M, 1)
+        begin = 0
+        if first is not None:
+            begin = tl.maximum(tl.load(first + n // H * T + lo + block * M) - lo, 0).to(tl.int32) // M
+
+        here = inside[:, None] & some
+        u = tl.zeros((M, SLICE), tl.float32)
+        for split in range(splits):
+            mean = means + (split * tl.num_programs(1) + n) * R * P
+            u += tl.load(mean + local[:, None] * P + p[None, :], mask=here, other=0.0)
+        for j in range(begin, block):
+            w = tl.load(own_rows + (j * M + i)[None, :])
+            y = tl.load(solution + (j * M + i)[:, None] * P + p[None, :], mask=some, other=0.0)
+            tile = (L + lo + j * M) // TILE
+            by = tile_factor(tops + (n * n_tiles + tile) * R + local, shift, norm)
+            u += by[:, None] * dot(w, y, None, PRECISION)
+
+        own = n * T * P + rows[:, None] * P + p[None, :]
+        gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
+        rhs = tl.load(f + own, mask=here, other=0.0).to(tl.float32) + gain[:, None] * u
+        x = tl.load(inverse + n * padded * M + rows[:, None] * M + i[None, :])
+        solved = (rhs + dot(x, rhs.to(x.dtype), None, PRECISION)).to(x.dtype)
+        tl.store(solution + local[:, None] * P + p[None, :], solved, mask=here)
+
+        w = tl.load(own_rows + local[None, :])
+        tile = (L + lo + block * M) // TILE
+        by = tile_factor(tops + (n * n_tiles + tile) * R + local, shift, norm)
+        u += by[:, None] * dot(w, solved, None, PRECISION)
+        tl.store(attended + own, u, mask=here)
+        tl.debug_barrier()  # the next block reads what other threads stored

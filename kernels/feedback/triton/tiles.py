@@ -1,0 +1,98 @@
+"""How the Triton kernels of feedback attention cut their work, and how they are launched."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program holds. The choice depends on the dtype alone; docs/sessa-kernel.md says why these."""
+
+    tile: int  # rows and columns of a tile, and most features of an output tile
+    step: int  # how much of the summed dimension is loaded at a time
+    forward_step: int  # the same in the forward product; a whole tile where loads are to run ahead over tiles
+    block: int  # M
+    slice: int  # features per program of a solve
+
+    def width(self, features: int) -> int:
+        """Features of an output tile; a tensor core's product has at least 16."""
+        return max(16, min(self.tile, triton.next_power_of_2(features)))
+
+    def inner_step(self, features: int) -> int:
+        """Features loaded at a time where the sum is over them."""
+        return max(16, min(self.step, triton.next_power_of_2(features)))
+
+
+HALF = Tiles(tile=128, step=64, forward_step=128, block=64, slice=32)
+SINGLE = Tiles(tile=64, step=16, forward_step=16, block=32, slice=16)
+
+PANEL_BYTES = 256 * 2**20
+"""Panels are made smaller, down to one tile of rows, where a panel's weights would take more than this."""
+PROGRAMS = 256
+"""Least programs that keep a GPU busy: about two for each multiprocessor of an A100 or H100. A panel of one long
+sequence has fewer output tiles than that, and then programs share the sum of a tile."""
+TILES_PER_SPLIT = 4
+"""Least tiles that a program adds up where the sum is shared."""
+
+
+def tiles_for(dtype: torch.dtype) -> Tiles:
+    return SINGLE if dtype == torch.float32 else HALF
+
+
+def panel_rows(N: int, T: int, S: int, dtype: torch.dtype, chunk_size: int | None) -> int:
+    """R, in whole tiles. Large panels are fewer launches and less traffic of dq, small ones less of a serial solve."""
+    tile = tiles_for(dtype).tile
+    if chunk_size is not None:
+        R = 4 * tile
+        while max(chunk_size, tile) < R:
+            R //= 2
+        return R
+    R = 512 if T >= 2048 else 256 if T > 256 else 128
+    while R > 128 and N * R * S * dtype.itemsize > PANEL_BYTES:
+        R //= 2
+    return R
+
+
+def splits_for(programs: int, tiles: int) -> int:
+    """Among how many programs a sum over `tiles` is divided, where there are only `programs` sums."""
+    return max(1, min(triton.cdiv(PROGRAMS, programs), tiles // TILES_PER_SPLIT))
+
+
+def product_precision() -> str:
+    """Of products of float32 operands: what torch allows itself."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def readable(x: Tensor) -> Tensor:
+    """x (B, H, T, W), copied unless rows are contiguous and 32 bits count what lies within a sequence."""
+    rows = x.shape[2] + 2 * HALF.tile
+    return x if x.stride(3) == 1 and rows * x.stride(2) < 2**31 else x.contiguous()
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Of batch, head and position, as kernels name them."""
+    return {f"{name}_{letter}": x.stride(i) for i, letter in enumerate("bht")}
+
+
+class Launcher:
+    """Launches kernels with arguments of one name for all kernels: each takes those that it names."""
+
+    def __init__(self, **arguments: Any):
+        self.arguments = arguments
+
+    def having(self, **arguments: Any) -> "Launcher":
+        return Launcher(**self.arguments | arguments)
+
+    def __call__(self, kernel: Any, *grid: int, warps: int = 8, stages: int = 3, **arguments: Any) -> None:
+        arguments = self.arguments | arguments
+        named = {name: arguments[name] for name in kernel.arg_names}
+        # A program may have all registers: else the assembler spills a few of some kernels to make room for another.
+        kernel[grid](**named, num_warps=warps, num_stages=stages, maxnreg=255)
