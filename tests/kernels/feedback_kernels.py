@@ -11,12 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import triton
 import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
 from differentiable import func_grad, func_jacrev, func_vjp, func_vmap, func_vmap_of_grad
 from mixerlab.kernels.feedback import feedback_attention
-from mixerlab.kernels.feedback.triton import tiles
+from mixerlab.kernels.feedback.triton import functions, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -44,7 +45,15 @@ if (
             a, b = cast(self, a, tl.float32), cast(self, b, tl.float32)
         return interpreted_dot(self, a, b, *rest)
 
+    def exp(self, x):
+        """As ex2.approx may err: by 2^-22, either way, but not at 0 and -inf."""
+        scaled = x.data.astype(np.float32) * np.float32(1.4426950408889634)
+        wrong = np.where(scaled.view(np.uint32) & 1, 1 + 2.0**-22, 1 - 2.0**-22)
+        exact = np.exp2(scaled.astype(np.float64))
+        return TensorHandle((exact * np.where(scaled == 0, 1, wrong)).astype(np.float32), x.dtype.scalar)
+
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
+    InterpreterBuilder.create_exp = exp
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +108,8 @@ def packed(B, T, length):
     return (torch.arange(T, device=DEVICE) // length).expand(B, T)
 
 
-TOLERANCES = [(FP32, 1e-6), (FP16, 2e-3), (BF16, 2e-2)]  # over 4 eps of the latter two, under 9 of the first
+# Over 4 eps of the latter two. The first is 3 times what the GPU's exponential leaves, which errs by 2 eps.
+TOLERANCES = [(FP32, 1e-6), (FP16, 2e-3), (BF16, 2e-2)]
 
 
 # ---- against the reference in float64 ----
@@ -219,7 +229,7 @@ def test_one_position_sees_nothing(dtype):
 def test_the_only_visible_position_has_weight_1_whatever_its_logit(dtype):
     inputs = make_inputs(T=2, dtype=dtype)
     _, dq, dk, *_ = results(inputs, inputs[2], backend="triton")
-    assert not any(x.count_nonzero() for x in (dq, dk))
+    assert max(x.abs().max() for x in (dq, dk)) < 1e-5  # 0 but for a division that need not be exact
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -229,7 +239,7 @@ def test_log_sum_exp(past):
     pair = tuple(inputs[4:]) or None
     _, lse = feedback_attention(*inputs[:4], past=pair, return_lse=True, backend="triton")
     _, truth = feedback_attention(*inputs[:4], past=pair, return_lse=True, backend="reference")
-    torch.testing.assert_close(lse, truth, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse, truth, rtol=4e-6, atol=4e-6)  # of logits up to 100
     assert lse.dtype == FP32
     assert not lse.requires_grad
 
@@ -321,6 +331,24 @@ def test_inputs_that_the_kernels_cannot_take_are_refused_with_the_reason():
     x, gamma = q[:1, :1, :1, :1].expand(1, 1, 2**21, 1024), gamma[:1, :1, :1].expand(1, 1, 2**21)
     with pytest.raises(ValueError, match="2097152 positions are 1024 wide"):
         feedback_attention(x, x, x, gamma, backend="triton")
+
+
+def test_rounding_to_tf32_is_half_up_and_keeps_what_is_not_finite():
+    numbers = [1.0, 1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -(1 + 2**-11), 3.4028235e38, torch.inf, -torch.inf]
+    expected = [1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -(1 + 2**-10), torch.inf, torch.inf, -torch.inf]
+    patterns = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32)  # of NaN
+    x = torch.cat([torch.tensor(numbers), patterns.view(FP32)]).to(DEVICE)
+    y = torch.empty_like(x)
+    rounding_kernel[(1,)](x, y, len(x), N=16)
+    assert y[:8].tolist() == expected
+    assert y[8:].isnan().all()
+
+
+@triton.jit
+def rounding_kernel(x, y, count, N: tl.constexpr):
+    i = tl.arange(0, N)
+    numbers = tl.load(x + i, mask=i < count, other=0.0)
+    tl.store(y + i, functions.rounded(numbers, "tf32"), mask=i < count)
 
 
 # ---- autograd, torch.func, torch.compile ----

@@ -5,6 +5,7 @@ Letters: B batch, H heads, T new positions, L past positions, K key width, P val
 
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ahead_of_time import compile_launch, distinct, record
+from ahead_of_time import compile_launch, distinct, leave_out, record
 from dispatched import dispatched
 from measure import peak_bytes
 from mixerlab.kernels import backend
@@ -110,6 +111,67 @@ def test_programs_keep_a_gpu_busy_however_few_and_long_the_sequences(B, T, width
         assert statistics.median(programs) >= 256
 
 
+def traffic(launches, T, tmp_path) -> list[int]:
+    """A row of the table in docs/sessa-kernel.md, in the order of its columns."""
+    from mixerlab.kernels.feedback import triton as kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(kernels, patch)
+        peak = peak_bytes(lambda: forward_and_backward(T, 1024), tmp_path) - 3 * T * 1024 * 2  # the inputs
+    forward_and_backward(T, 1024)
+    names = []
+    weights = dq = 0
+    for launch in launches:
+        names.append(launch.name)
+        given = launch.arguments
+        if launch.name in ("weights_kernel", "dlogits_kernel"):
+            columns, rows, N = launch.grid
+            reached = [
+                (column, row)
+                for column in range(columns)
+                for row in range(rows)
+                if given["first_column"] + column * given["TILE"] < given["lo"] + (row + 1) * given["TILE"]
+            ]
+            weights += N * len(reached) * given["TILE"] ** 2 * given["weights"].itemsize
+        elif given.get("ADD"):
+            dq += (2 * given["n_out"] - given["fresh"]) * given["W"] * given["out"].itemsize
+    forward = names.index("transposed_solve_kernel") - 1
+    return [T, forward, len(names) - forward, *(round(x / 2**20) for x in (peak, weights, dq))]
+
+
+@pytest.mark.parametrize("T", [512, 1024, 4096, 65536])
+def test_launches_and_bytes_are_those_of_the_documentation(T, launches, tmp_path):
+    page = (ROOT / "docs" / "sessa-kernel.md").read_text(encoding="utf-8")
+    rows = [
+        [int(x) for x in row.split("|")] for row in re.findall(r"^ +\| (\d[\d |]*\d) \|$", page, flags=re.M)
+    ]
+    assert traffic(launches, T, tmp_path) in rows
+
+
+def test_views_into_one_projection_are_read_in_place(launches):
+    projection = torch.zeros(2, 300, 2, 3, 16, dtype=torch.bfloat16, requires_grad=True)  # (B, T, 2, H, K)
+    q, k = (x.transpose(1, 2) for x in projection.unbind(2))
+    f, gamma = torch.zeros(2, 3, 300, 16, dtype=torch.bfloat16), torch.zeros(2, 3, 300)
+    feedback_attention(q, k, f, gamma, backend="triton").sum().backward()
+    for launch in launches:
+        if launch.name == "weights_kernel":  # of both passes
+            assert launch.arguments["q"].data_ptr() == q.data_ptr()
+            assert launch.arguments["k"].data_ptr() == k.data_ptr()
+            assert launch.arguments["q_t"] == 2 * 3 * 16
+    assert {"weights_kernel", "dlogits_kernel"} <= {launch.name for launch in launches}
+
+
+def test_views_that_the_kernels_cannot_read_are_copied():
+    pytest.importorskip("triton")
+    from mixerlab.kernels.feedback.triton.tiles import readable
+
+    x = torch.empty(2, 3, 300, 32, device="meta")
+    far = torch.empty_strided((1, 1, 300, 32), (2**32, 2**32, 2**23, 1), device="meta")
+    assert readable(x.transpose(0, 2)).stride() == x.transpose(0, 2).stride()
+    for other in (x[..., ::2], far):  # numbers apart, and offsets of more than 32 bits
+        assert readable(other).is_contiguous()
+
+
 def test_a_new_length_compiles_nothing(launches):
     def compiled(T, **options):
         launches.clear()
@@ -149,7 +211,7 @@ def test_compiles_ahead_of_time_without_spills(
 ):
     from mixerlab.kernels.feedback.triton import tiles
 
-    monkeypatch.setattr(tiles, "product_precision", lambda: precision)
+    monkeypatch.setattr(tiles, "product_precision", lambda _: precision)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     forward_and_backward(600, width, dtype=dtype, segments=True)
     if width == 100:

@@ -87,7 +87,7 @@ def feedback_forward(
     B, H, T, P = f.shape
     S, K = k.shape[2:]
     L, N = S - T, B * H
-    tiles, precision = tiles_for(f.dtype), tiling.product_precision()
+    tiles = tiles_for(f.dtype)
     TILE, M, R = tiles.tile, tiles.block, tiling.panel_rows(N, T, S, f.dtype, chunk_size)
     q, k, f, gamma = readable(q), readable(k), f.contiguous(), gamma.contiguous()
 
@@ -106,10 +106,10 @@ def feedback_forward(
         q=q, k=k, f=f, gamma=gamma, s=s, attended=attended, inverse=inverse, first=first, last=None, length=length,
         weights=weights, tops=tops, sums=sums, top=top, total=total, means=means, scale=scale, first_column=0,
         T=T, L=L, H=H, K=K, P=P, R=R, TILE=TILE, M=M, SLICE=tiles.slice, height=R, n_tiles=n_tiles,
-        DIAGONAL=False, PRECISION=precision, **strides("q", q), **strides("k", k),
+        DIAGONAL=False, PRECISION=tiling.product_precision(f.dtype), **strides("q", q), **strides("k", k),
     )  # fmt: skip
-    # Of the tf32 products of 16-bit inputs the error is less than that of their rounding.
-    inverse_precision = precision if f.dtype == torch.float32 else "tf32"
+    # Of 16-bit inputs the roundings are larger than TF32's; of float32 inputs the blocks are too small to matter.
+    inverse_precision = "ieee" if f.dtype == torch.float32 else "tf32"
     with torch.cuda.device_of(q):
         for lo in range(0, T, R):
             rows, before = min(R, T - lo), L + lo
@@ -117,7 +117,7 @@ def feedback_forward(
             row_tiles, column_tiles = cdiv(rows, TILE), cdiv(before + rows, TILE)
             panel = run.having(lo=lo, splits=splits)
             panel(weights_kernel, column_tiles, row_tiles, N, STEP=tiles.inner_step(K))
-            panel(inverse_kernel, cdiv(rows, M), N, warps=4, INVERSE_PRECISION=inverse_precision)
+            panel(inverse_kernel, cdiv(rows, M), N, warps=4, PRECISION=inverse_precision)
             if before:
                 # Stages hold whole tiles of columns, and a third spills registers on sm_80.
                 step = {"STEP": tiles.forward_step, "stages": 2}
@@ -170,7 +170,7 @@ def feedback_backward(
         weights=weights, tops=None, sums=None, top=top, total=total, rhs=parts, first=first, last=last, length=length,
         dgamma_parts=dgamma_parts, correction_parts=correction_parts, SLICES=n_slices, SLICE=tiles.slice,
         T=T, L=L, H=H, K=K, P=P, R=R, TILE=TILE, M=M, height=weights.shape[1], n_tiles=R // TILE,
-        PRECISION=tiling.product_precision(), **strides("q", q), **strides("k", k),
+        PRECISION=tiling.product_precision(s.dtype), **strides("q", q), **strides("k", k),
     )  # fmt: skip
 
     # (first row that sees the panel, first column, columns, whether the panel holds a part of the diagonal)

@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from mixerlab.kernels.feedback.triton.functions import dot, inner_products, panel_tile, summed_features
+from mixerlab.kernels.feedback.triton.functions import (
+    dot,
+    inner_products,
+    panel_tile,
+    rounded,
+    summed_features,
+)
 
 
 @triton.jit(do_not_specialize=["lo", "T", "L", "height", "n_tiles", "splits"])
@@ -43,7 +49,7 @@ def transposed_solve_kernel(
         v += dot(tl.trans(x), v.to(x.dtype), None, PRECISION)
         tl.store(g + (n * (L + T) + L) * P + rows[:, None] * P + p[None, :], v.to(x.dtype), mask=here)
         gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
-        scaled = (gain[:, None] * v).to(x.dtype)
+        scaled = rounded(gain[:, None] * v, PRECISION).to(x.dtype)
         tl.store(scaled_g + own, scaled, mask=here)
         a = tl.load(attended + own, mask=here, other=0.0)
         at = (tl.program_id(0) * tl.num_programs(1) + n) * T + rows

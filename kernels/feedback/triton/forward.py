@@ -5,11 +5,14 @@ import triton.language as tl
 
 from mixerlab.kernels.feedback.triton.functions import dot, finite, shift_and_norm, tile_factor
 
+LANES = tl.constexpr(32)
+"""Tiles of which a program of `inverse` reads the statistics at a time."""
+
 
 @triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles"])
 def inverse_kernel(
     weights, tops, sums, gamma, first, top, total, inverse, lo, T, L, n_tiles, H,
-    R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, INVERSE_PRECISION: tl.constexpr,
+    R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, M)
@@ -21,14 +24,20 @@ def inverse_kernel(
     if first is not None:
         begin = (tl.load(first + n // H * T + lo + tl.program_id(0) * M) // TILE).to(tl.int32)
 
-    row_top = tl.full((M,), float("-inf"), tl.float32)
-    for tile in range(begin, own + 1):
-        row_top = tl.maximum(row_top, tl.load(tops + (n * n_tiles + tile) * R + local))
+    # Maxima and sums of many tiles at a time, brought together once: the walk is short, and its loads run ahead.
+    lane_top = tl.full((LANES, M), float("-inf"), tl.float32)
+    lane_total = tl.zeros((LANES, M), tl.float32)
+    for tile in tl.range(begin, own + 1, LANES, num_stages=3):
+        lane = tile + tl.arange(0, LANES)[:, None]
+        at = (n * n_tiles + lane) * R + local[None, :]
+        here = tl.load(tops + at, mask=lane <= own, other=float("-inf"))
+        grown = tl.maximum(lane_top, here)
+        lane_total = lane_total * tl.exp(lane_top - finite(grown))
+        lane_total += tl.load(sums + at, mask=lane <= own, other=0.0) * tl.exp(here - finite(grown))
+        lane_top = grown
+    row_top = tl.max(lane_top, axis=0)
     shift = finite(row_top)
-    row_total = tl.zeros((M,), tl.float32)
-    for tile in range(begin, own + 1):
-        statistics = (n * n_tiles + tile) * R + local
-        row_total += tl.load(sums + statistics) * tl.exp(tl.load(tops + statistics) - shift)
+    row_total = tl.sum(lane_total * tl.exp(lane_top - shift[None, :]), axis=0)
     tl.store(top + n * T + rows, row_top, mask=inside)
     tl.store(total + n * T + rows, row_total, mask=inside)
 
@@ -36,17 +45,18 @@ def inverse_kernel(
     columns = tl.multiple_of(L + lo, M) + tl.program_id(0) * M + i
     own_rows = weights + n * R * n_tiles * TILE + local[:, None] * (n_tiles * TILE)  # (M, 1)
     w = tl.load(own_rows + columns[None, :]).to(tl.float32)
-    w *= tile_factor(tops + (n * n_tiles + own) * R + local, shift, gain)[:, None]
+    # Factors stay out of the product: weights of 16 bits are TF32's numbers, and need no rounding.
+    factor = tile_factor(tops + (n * n_tiles + own) * R + local, shift, gain)[:, None]
 
     # The inverse of blocks twice as large: [[A, 0], [-C, D]]^-1 = [[A^-1, 0], [D^-1 C A^-1, D^-1]].
     difference = (
         i[:, None] ^ i[None, :]
     )  # its highest bit is the size of the blocks that row and column are in
-    x = tl.where(i[:, None] == i[None, :], 1.0, tl.where(difference == 1, w, 0.0))
+    x = tl.where(i[:, None] == i[None, :], 1.0, tl.where(difference == 1, w * factor, 0.0))
     size = 2
     while size < M:
         off = tl.where((difference >= size) & (difference < 2 * size), w, 0.0)
-        x += dot(x, dot(off, x, None, INVERSE_PRECISION), None, INVERSE_PRECISION)
+        x += dot(x, factor * dot(off, x, None, PRECISION), None, PRECISION)
         size *= 2
     x = tl.where(i[:, None] > i[None, :], x, 0.0)
     padded = (T + M - 1) // M * M

@@ -58,7 +58,17 @@ def panel_tile(weights, n, height, n_tiles, TILE: tl.constexpr):
 @triton.jit
 def dot(a, b, sums, PRECISION: tl.constexpr):
     """a b, added to `sums` if that is not None."""
-    return tl.dot(a, b, sums, input_precision=PRECISION)
+    return tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), sums, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """Half up to TF32 where float32 is multiplied as that: tensor cores drop the low 13 bits, and errors add up."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True) + 0x1000
+        # Of infinity the sum stays infinity; of a NaN it may carry into the sign.
+        x = tl.where(x == x, (bits & -0x2000).to(tl.float32, bitcast=True), x)
+    return x
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from mixerlab.kernels.feedback.triton.functions import (
     finite,
     inner_products,
     panel_tile,
+    rounded,
     shift_and_norm,
     summed_features,
     tile_factor,
@@ -43,14 +44,15 @@ def weights_kernel(
     logits = tl.where(seen, scale * products, float("-inf"))
     if tops is not None:
         tile_top = tl.max(logits, axis=1)  # (TILE,)
-        w = tl.exp(logits - finite(tile_top)[:, None]).to(weights.dtype.element_ty)
+        w = rounded(tl.exp(logits - finite(tile_top)[:, None]), PRECISION).to(weights.dtype.element_ty)
         at = (n * n_tiles + tl.program_id(0)) * height + rows - lo
         tl.store(tops + at, tile_top)
         # Summed as they are stored: weights that sum to 1 leave no rounding that is common to a row.
         tl.store(sums + at, tl.sum(w.to(tl.float32), axis=1))
     else:
         shift, norm = shift_and_norm(top, total, n * T + rows, inside)
-        w = (tl.exp(logits - shift[:, None]) * norm[:, None]).to(weights.dtype.element_ty)
+        alpha = tl.exp(logits - shift[:, None]) * norm[:, None]
+        w = rounded(alpha, PRECISION).to(weights.dtype.element_ty)
     tl.store(panel_tile(weights, n, height, n_tiles, TILE), w)
 
 

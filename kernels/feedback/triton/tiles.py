@@ -62,9 +62,10 @@ def splits_for(programs: int, tiles: int) -> int:
     return max(1, min(triton.cdiv(PROGRAMS, programs), tiles // TILES_PER_SPLIT))
 
 
-def product_precision() -> str:
-    """Of products of float32 operands: what torch allows itself."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def product_precision(dtype: torch.dtype) -> str:
+    """Of float32 operands: what torch allows itself."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 else "ieee"
 
 
 def round_up(n: int, multiple: int) -> int:
