@@ -89,7 +89,7 @@ def _by_kernels(
     past_length: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    from mixerlab.kernels.feedback.decode import feedback_decode  # here: triton need not be installed
+    from mixerlab.kernels.feedback.triton.decode import feedback_decode  # here: triton need not be installed
 
     return feedback_decode(q, k_past, f, gamma, s_past, past_length, scale)
 
