@@ -36,7 +36,9 @@ def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], st
     Raises:
         BackendError: `requested` is unknown, or cannot take the input, or no backend can.
     """
-    wanted = _override if requested == "auto" and _override in backends else requested
+    wanted = requested
+    if requested == "auto" and _override is not None and _override in backends:
+        wanted = _override
     if wanted != "auto" and wanted not in backends:
         raise BackendError(f"{operator}: unknown backend {wanted!r}, expected one of {['auto', *backends]}")
     refusals = {}

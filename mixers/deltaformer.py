@@ -14,16 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixerlab.kernels.attention import causal_attention
 from mixerlab.kernels.feedback import feedback_attention
-from mixerlab.mixers.attention import (
-    Attention,
-    AttentionConfig,
-    AttentionState,
-    causal_attention,
-    head_problems,
-    segment_positions,
-    write_slots,
-)
+from mixerlab.mixers.attention import Attention, AttentionConfig, head_problems, segment_positions
+from mixerlab.mixers.kv_cache import AttentionState
 from mixerlab.mixers.mixer import check_room
 from mixerlab.mixers.registry import register_mixer
 from mixerlab.options import option
@@ -75,20 +69,21 @@ class DeltaFormer(Attention):
 
     def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """As every mixer's; `state.v` holds u."""
-        check_room(state.longest, x.shape[1], state.max_len)
-        positions = state.length[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, T)
+        new = x.shape[1]
+        check_room(state.longest, new, state.max_len)
+        positions = state.length[:, None] + torch.arange(new, device=x.device)  # (B, T)
         q, k, v = self._project(x, positions)
         past = state.k[:, :, : state.longest].to(v.dtype), state.v[:, :, : state.longest].to(v.dtype)
         w, gamma = k.view_as(k), -self._beta(x)
         u = feedback_attention(w, k, v, gamma, past=past, past_length=state.length, backend=self.backend)
-        write_slots(state.k, k, positions)
-        write_slots(state.v, u, positions)
-        after = state.advanced(x.shape[1])
-        if state.longest == 0:  # the whole past is in x: no mask over cached slots needed
-            return self._merge(causal_attention(q, k, u)), after
-        k, u = (cache[:, :, : after.longest].to(v.dtype) for cache in (state.k, state.v))  # (B, G, S, K)
-        slots = torch.arange(after.longest, device=x.device)[None]  # (1, S), a position's slot is its own
-        return self._merge(self._attend(q, k, u, positions, slots, None)), after
+        after = state.advanced(new)
+        if new > 1 and state.longest == 0:  # the whole past is in x: no mask over cached slots needed
+            y = causal_attention(q, k, u)
+            state.write(k, u, positions, None)
+        else:
+            k, u, keys_at, _ = state.take(k, u, positions, None)
+            y = causal_attention(q, k, u, positions=(positions, keys_at))
+        return self._merge(y), after
 
     def flops(self, seq_len: int) -> int:
         # The attention's count has every projection; the correction adds logits and update, a causal half each.
