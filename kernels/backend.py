@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = find_spec("triton") is not None
 
 # A plain global and not a contextvar: torch.compile can read it, and guards on its value.
-_override: str | None = None
+_override = "auto"
 _logged: set[tuple[str, str, str]] = set()
 
 
