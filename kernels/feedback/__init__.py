@@ -87,7 +87,7 @@ def feedback_attention(
             other dtypes than those of k and f are cast to them.
         past_length: (B,) int64, how many of the L past positions of each row are valid (the first
             ones; the rest may hold anything finite); None means all.
-        past_longest: the most of `past_length`, for the host, which does not read it from the device; None
+        past_longest: at least the most of `past_length`, for the host, which cannot read that at once; None
             means L. So a buffer longer than its content can be given whole: none of the rest is copied, and
             none of it is read by the triton backend with T = 1.
         return_lse: also return the natural log-sum-exp of each row's visible scaled logits; it carries no
@@ -214,12 +214,10 @@ def _check(
         if past[0].ndim != 4:
             raise ValueError(f"past[0] has shape {tuple(past[0].shape)}, expected (B, H, L, K)")
         L = past[0].shape[2]
-        for i, shape, letters in (
-            (0, (B, H, L, K), "(B, H, L, K), as k"),
-            (1, (B, H, L, P), "(B, H, L, P), as past[0] and f"),
-        ):
-            _expect_float(f"past[{i}]", past[i])
-            _expect(f"past[{i}]", past[i], shape, letters, past[i].dtype, q.device)
+        _expect_float("past[0]", past[0])
+        _expect("past[0]", past[0], (B, H, L, K), "(B, H, L, K), as k", past[0].dtype, q.device)
+        _expect_float("past[1]", past[1])
+        _expect("past[1]", past[1], (B, H, L, P), "(B, H, L, P), as past[0] and f", past[1].dtype, q.device)
     if past_length is not None:
         if past is None:
             raise ValueError("past_length is given without past")
