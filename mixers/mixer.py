@@ -17,14 +17,14 @@ from torch import Tensor, nn
 class State:
     """What a mixer remembers of the positions it has seen: batch-first tensors and a length per row.
 
-    Subclasses add fields: tensors with the batch first, other States, or plain values such as `max_len`. `extend`
-    returns `state.advanced(T, field=...)`.
+    Subclasses add fields: tensors with the batch first, other States, or plain values such as `max_len`, which stay
+    as they are. `extend` returns `state.advanced(T, field=...)`.
     A State is used up by `extend`, which may write into its tensors; `clone()` branches it.
     """
 
     length: Tensor  # (B,) int64, positions seen so far
     longest: int = field(default=0, kw_only=True)
-    """The most of `length`, for the host: to read `length` would wait for the device."""
+    """At least the most of `length`, for the host: to read `length` would wait for the device."""
 
     def advanced(self, new: int, **changes: Any) -> Self:
         """The State after `new` more positions, with these fields changed."""
@@ -44,6 +44,34 @@ class State:
     def clone(self) -> Self:
         """An independent copy: extending one of the two leaves the other as it is."""
         return self._map(Tensor.clone)
+
+    def bounded(self, longest: int) -> Self:
+        """This State, tensors and all, with another `longest`, in the States inside too."""
+        changes: dict[str, Any] = {"longest": longest}
+        for name in (f.name for f in fields(self)):
+            if isinstance(value := getattr(self, name), State):
+                changes[name] = value.bounded(longest)
+        return replace(self, **changes)
+
+    def assign(self, after: Self) -> None:
+        """Writes the numbers of `after`, which has the same shapes, into the tensors of this State.
+
+        Raises ValueError where a plain value other than `longest` differs, for that is no place to write to.
+        """
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for name in (f.name for f in fields(self)):
+            old, new = getattr(self, name), getattr(after, name)
+            if isinstance(old, State):
+                old.assign(new)
+            elif isinstance(old, Tensor):
+                pairs.append((old, new))
+            elif name != "longest" and old != new:
+                raise ValueError(
+                    f"{type(self).__name__}.{name} changes from {old} to {new}, and is no tensor"
+                )
+        # Copied first: what is new may share memory with another of the old tensors.
+        for old, new in [(old, new.clone()) for old, new in pairs if new is not old]:
+            old.copy_(new)
 
     @classmethod
     def cat(cls, states: Sequence[Self]) -> Self:

@@ -144,6 +144,20 @@ def check_ragged_rows(factory: Factory) -> None:
         assert together.longest == max(lengths) + 4
 
 
+def check_longest_is_a_bound(factory: Factory) -> None:
+    """A State whose `longest` is more than its lengths goes on alike, and takes up what `extend` returns in place."""
+    mixer = double(factory)
+    x = inputs(time=8)
+    with torch.no_grad():
+        _, state = mixer.extend(x[:, :5], mixer.init_state(B, T, dtype=torch.float64))
+        fixed = state.clone().bounded(T - 1)
+        for t in range(5, 8):
+            y, state = mixer.extend(x[:, t : t + 1], state)
+            again, after = mixer.extend(x[:, t : t + 1], fixed)
+            fixed.assign(after)
+            torch.testing.assert_close(again, y, rtol=1e-10, atol=1e-10)
+
+
 def check_full_state_raises(factory: Factory) -> None:
     """Going past `max_len` raises ValueError."""
     mixer = double(factory)
@@ -288,6 +302,7 @@ CHECKS = (
     check_causality,
     check_extend_equals_forward,
     check_ragged_rows,
+    check_longest_is_a_bound,
     check_full_state_raises,
     check_segments,
     check_gradients,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixerlab.lm.model.decoder import Decoder
+from mixerlab.lm.model.replay import ReplayedStep
 from mixerlab.mixers import State
 
 
@@ -49,7 +50,9 @@ def generate(
     def extend(ids: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         # Entered anew for each token: a context held across a yield would leak into the caller.
         low = decoder.embedding.weight.dtype == torch.bfloat16
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=low):
+        # Nothing that autocast casts is kept from step to step: a CUDA graph must hold its own.
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+        with torch.inference_mode(), autocast:
             logits, states = decoder.extend(ids.to(device), states)
             return logits[:, -1], states  # (B, V)
 
@@ -57,10 +60,13 @@ def generate(
     read = [extend(torch.tensor([list(prompt)]), decoder.init_state(1, max_len)) for prompt in prompts]
     logits = torch.cat([last for last, _ in read])  # (B, V)
     states = [type(layer[0]).cat(layer) for layer in zip(*(states for _, states in read), strict=True)]
+    replayed = ReplayedStep(extend, states, max_len) if device.type == "cuda" else None
     for i in range(max_new_tokens):
         token = sample(logits, temperature, top_p, generator)  # (B,)
         yield token
-        if i + 1 < max_new_tokens:
+        if i + 1 < max_new_tokens and replayed is not None:
+            logits = replayed(token)
+        elif i + 1 < max_new_tokens:
             logits, states = extend(token[:, None], states)
 
 
