@@ -140,6 +140,27 @@ def test_a_row_that_dies_takes_no_other_with_it(tmp_path):
     assert lines[1:] == ["heading", *part, "heading", *part]
 
 
+def test_deltaformer_is_this_operator_with_another_sign():
+    pytest.importorskip("triton")
+    from gpu.operator_part import deltaformer, our_heads
+    from gpu.timing import SMOKE, Bench
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 9, 3, 4)  # (B, T, H, D)
+    beta = torch.rand(2, 9, 3)
+    u = torch.empty_like(v)
+    for t in range(9):
+        logits = torch.einsum("bhd,bjhd->bhj", q[:, t], k[:, :t]) / 2
+        u[:, t] = v[:, t] - beta[:, t, :, None] * torch.einsum("bhj,bjhd->bhd", logits.softmax(-1), u[:, :t])
+    torch.testing.assert_close(our_heads(q, k, v, beta), u, rtol=1e-5, atol=1e-5)
+
+    bench = Bench("cpu", SMOKE, 0.0)
+    contestant = deltaformer(bench, 16, our_heads)
+    assert len(contestant.backward(contestant.forward())) == 4
+    with pytest.raises(AssertionError, match="something else"):
+        deltaformer(bench, 16, lambda q, k, v, beta: v)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_the_benchmark_says_so_in_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exited:
