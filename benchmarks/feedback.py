@@ -4,7 +4,7 @@
 
 Time: float32, one head; the two backends take turns in one process, and the medians over the turns are
 printed. Measure on an idle machine: a busy core stalls both threads of every small product, which costs the
-chunked backend more than the reference.
+chunked backend more than the reference. What it costs, benchmarks/busy.py measures.
 
 Memory: each backend runs once, forward and backward, in a forked child of its own. Its peak extra memory
 is how far the run raises the peak resident size of a child that already holds the inputs and has warmed
