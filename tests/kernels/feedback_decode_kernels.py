@@ -93,7 +93,7 @@ def test_any_number_of_positions(L):
     "L", [40, 100, 230, 500, 600]
 )  # one block of 64, 128, 256 and 512 positions; two of 512
 def test_larger_blocks(L, dtype, monkeypatch):
-    from mixerlab.kernels.feedback import decode
+    from mixerlab.kernels.feedback.triton import decode
 
     monkeypatch.setattr(decode, "_MOST_BLOCKS", 1)
     assert_agrees(make_inputs(1, 1, L, 20, 70, dtype=dtype))
@@ -162,7 +162,7 @@ def test_strided_views_give_the_same_bits_and_so_does_another_run():
 def test_8192_cached_positions_move_few_more_bytes_than_the_cache(most_blocks, extra, monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from mixerlab.kernels.feedback import decode
+    from mixerlab.kernels.feedback.triton import decode
 
     monkeypatch.setattr(decode, "_MOST_BLOCKS", most_blocks)
 
@@ -270,7 +270,7 @@ def test_sessa_decoded_token_by_token_equals_its_forward():
 
 @pytest.mark.parametrize("dtype", [FP32, FP16])
 def test_sessa_gives_its_caches_whole(dtype, monkeypatch):
-    from mixerlab.kernels.feedback import decode
+    from mixerlab.kernels.feedback.triton import decode
 
     given = []
     decoded = decode.feedback_decode

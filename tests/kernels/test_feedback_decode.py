@@ -36,7 +36,7 @@ def test_numbers_agree_on_a_gpu_or_else_in_the_interpreter():
 def launches(monkeypatch):
     """A list that fills with the launches of what runs in the test, on the CPU."""
     pytest.importorskip("triton")
-    from mixerlab.kernels.feedback import decode
+    from mixerlab.kernels.feedback.triton import decode
 
     monkeypatch.setattr(backend, "INTERPRETED", True)
     return record(decode, monkeypatch)

@@ -40,7 +40,7 @@ def decoder(request, monkeypatch):
         parameter.data *= 8  # far from uniform, so that the likeliest token is clear
     if "CUDA" in request.param:
         pytest.importorskip("triton")
-        from mixerlab.kernels.feedback import decode
+        from mixerlab.kernels.feedback.triton import decode
 
         def computed(q, k_past, f, gamma, s_past, length, scale):
             past = {"past": (k_past, s_past), "past_length": length, "scale": scale}
