@@ -174,9 +174,11 @@ def begin(strategy: str, folder: Path, fault: dict | None, *extra: str, **option
         return subprocess.Popen(line, cwd=ROOT, env=environment(folder, fault), stdout=log, stderr=log)
 
 
-def run(strategy: str, folder: Path, fault: dict | None = None, *extra: str, **options) -> int:
+def run(
+    strategy: str, folder: Path, fault: dict | None = None, *extra: str, seconds: float = 900, **options
+) -> int:
     """Trains until the end or the fault; returns the exit code."""
-    return begin(strategy, folder, fault, *extra, **options).wait(timeout=900)
+    return begin(strategy, folder, fault, *extra, **options).wait(timeout=seconds)
 
 
 def run_folder(folder: Path) -> Path:
@@ -278,6 +280,7 @@ def restart_again_and_again(
         folder,
         {"restarts": faults},
         launcher=[*launcher, "--max-restarts", str(restarts)],
+        seconds=300 * (restarts + 1),
     )
     sound = code == 0 and same(folder, whole)
     return [Trial(strategy, "killed in a step, restarted by torchrun", sound)] * restarts
@@ -403,43 +406,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw = random.Random(args.seed)
     trials: list[Trial] = []
     chosen = args.strategies
-    with scratch_folder(args.keep) as scratch, Progress(console=Console(stderr=True)) as progress:
-        wholes = {}
-        if args.kills or args.restarts or args.full_disks:
-            task = progress.add_task("runs that are left alone", total=len(chosen))
-            for strategy in chosen:
-                wholes[strategy] = whole_run(strategy, scratch / f"{strategy}-whole")
+    try:
+        with scratch_folder(args.keep) as scratch, Progress(console=Console(stderr=True)) as progress:
+            wholes = {}
+            if args.kills or args.restarts or args.full_disks:
+                task = progress.add_task("runs that are left alone", total=len(chosen))
+                for strategy in chosen:
+                    wholes[strategy] = whole_run(strategy, scratch / f"{strategy}-whole")
+                    progress.advance(task)
+            if args.kills:
+                task = progress.add_task("kills", total=args.kills)
+                for n, strategy in enumerate(chosen):
+                    share = args.kills // len(chosen) + (n < args.kills % len(chosen))
+                    folder = scratch / f"{strategy}-killed"
+                    trials += kill_again_and_again(
+                        strategy, folder, wholes[strategy], share, draw, lambda: progress.advance(task)
+                    )
+            several = [strategy for strategy in chosen if strategy != "one"]
+            if args.restarts and several:
+                task = progress.add_task("restarts", total=len(several))
+                for strategy in several:
+                    folder = scratch / f"{strategy}-restarted"
+                    trials += restart_again_and_again(strategy, folder, wholes[strategy], args.restarts, draw)
+                    progress.advance(task)
+            if args.full_disks and "one" in chosen:
+                task = progress.add_task("full disks", total=args.full_disks)
+                for n in range(args.full_disks):
+                    if trial := fill_the_disk(scratch / f"full-{n}", wholes["one"], draw):
+                        trials.append(trial)
+                    progress.advance(task)
+            task = progress.add_task("ends", total=args.ends)
+            for n in range(args.ends):
+                what, strategy = list(ENDS)[n % len(ENDS)], chosen[n // len(ENDS) % len(chosen)]
+                trials.append(end_by(what, strategy, scratch / f"end-{n}", draw))
                 progress.advance(task)
-        if args.kills:
-            task = progress.add_task("kills", total=args.kills)
-            for n, strategy in enumerate(chosen):
-                share = args.kills // len(chosen) + (n < args.kills % len(chosen))
-                folder = scratch / f"{strategy}-killed"
-                trials += kill_again_and_again(
-                    strategy, folder, wholes[strategy], share, draw, lambda: progress.advance(task)
-                )
-        several = [strategy for strategy in chosen if strategy != "one"]
-        if args.restarts and several:
-            task = progress.add_task("restarts", total=len(several))
-            for strategy in several:
-                folder = scratch / f"{strategy}-restarted"
-                trials += restart_again_and_again(strategy, folder, wholes[strategy], args.restarts, draw)
-                progress.advance(task)
-        if args.full_disks and "one" in chosen:
-            task = progress.add_task("full disks", total=args.full_disks)
-            for n in range(args.full_disks):
-                if trial := fill_the_disk(scratch / f"full-{n}", wholes["one"], draw):
-                    trials.append(trial)
-                progress.advance(task)
-        task = progress.add_task("ends", total=args.ends)
-        for n in range(args.ends):
-            what, strategy = list(ENDS)[n % len(ENDS)], chosen[n // len(ENDS) % len(chosen)]
-            trials.append(end_by(what, strategy, scratch / f"end-{n}", draw))
-            progress.advance(task)
-    table = "\n".join(lines_of(trials))
-    print(table)
-    if args.markdown:
-        args.markdown.write_text(table + "\n")
+    finally:  # what was found before a trial broke off
+        table = "\n".join(lines_of(trials))
+        print(table)
+        if args.markdown:
+            args.markdown.write_text(table + "\n")
     return 0 if all(trial.good for trial in trials) else 1
 
 
