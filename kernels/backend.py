@@ -57,8 +57,7 @@ def why_not_cuda(x: Tensor, capability: int = 0) -> str | None:
     """None if `x` is on a GPU of at least this compute capability (80 for 8.0), else the reason why not."""
     if not x.is_cuda:
         return f"it is on device {x.device}, and the kernels run on CUDA"
-    found = _capability(x.device.index)
-    if found < capability:
+    if capability and (found := _capability(x.device.index)) < capability:
         return f"the GPU has compute capability {found / 10}, and the kernels need {capability / 10}"
     return None
 
