@@ -45,13 +45,13 @@ class AttentionState(State):
             self.write(k, v, positions, selected)
             k_all, v_all, keys_at, seen = self.advanced(new)._used()
             return k_all.to(k.dtype), v_all.to(v.dtype), keys_at, seen
-        # Written first, the last of the new positions could take slots that the first of them still see.
+        # Written first, the last of the new positions would take slots that the first of them still see.
         k_past, v_past, keys_at, seen = self._used()
         k_all, v_all = (
             torch.cat((past.to(x.dtype), x), dim=2) for past, x in ((k_past, k), (v_past, v))
         )  # (B, G, S, K)
-        self.write(k, v, positions, selected)
         seen = None if seen is None or selected is None else torch.cat((seen, selected), dim=1)
+        self.write(k, v, positions, selected)  # now, for what is above are views of the slots
         return k_all, v_all, torch.cat((keys_at, positions), dim=1), seen
 
     def _used(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
