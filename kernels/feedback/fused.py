@@ -3,6 +3,8 @@
 Letters: B batch, H heads, T new positions, L past positions, S = L + T columns, K key width, P value width.
 """
 
+from math import log
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -58,7 +60,7 @@ def feedback_fused(
         s_past = pad(s_past, gap)
         k = torch.cat([pad(k_past, gap), k], dim=2)
     s, _, top, total, _ = _feedback(q, k, s, gamma.float(), s_past, length, segment_ids, scale, chunk_size)
-    return s.to(f.dtype), top + total.log() if return_lse else None
+    return s.to(f.dtype), (top + total.log2()) * log(2) if return_lse else None
 
 
 def _forward(

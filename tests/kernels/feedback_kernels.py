@@ -22,7 +22,7 @@ from mixerlab.kernels.feedback.triton import functions, tiles
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SMALL = tiles.Tiles(tile=32, step=16, forward_step=16, block=16, slice=16)
+SMALL = tiles.Tiles(tile=32, step=16, block=16, slice=16)
 
 if (
     INTERPRETED
@@ -45,15 +45,17 @@ if (
             a, b = cast(self, a, tl.float32), cast(self, b, tl.float32)
         return interpreted_dot(self, a, b, *rest)
 
-    def exp(self, x):
+    def exp2(self, x):
         """As ex2.approx may err: by 2^-22, either way, but not at 0 and -inf."""
-        scaled = x.data.astype(np.float32) * np.float32(1.4426950408889634)
-        wrong = np.where(scaled.view(np.uint32) & 1, 1 + 2.0**-22, 1 - 2.0**-22)
-        exact = np.exp2(scaled.astype(np.float64))
-        return TensorHandle((exact * np.where(scaled == 0, 1, wrong)).astype(np.float32), x.dtype.scalar)
+        wrong = np.where(x.data.view(np.uint32) & 1, 1 + 2.0**-22, 1 - 2.0**-22)
+        exact = np.exp2(x.data.astype(np.float64))
+        return TensorHandle((exact * np.where(x.data == 0, 1, wrong)).astype(np.float32), x.dtype.scalar)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
-    InterpreterBuilder.create_exp = exp
+    InterpreterBuilder.create_exp2 = exp2
+    InterpreterBuilder.create_exp = lambda self, x: exp2(
+        self, TensorHandle(x.data * np.float32(1.4426950408889634), x.dtype.scalar)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +191,18 @@ def test_the_tiles_that_run_on_a_gpu(dtype_tolerance, case):
     options = {"segment_ids": packed(1, T, 110)} if case == "segments" else {}
     inputs = make_inputs(1, 1, T, 80, 144, L=50 if case == "past" else 0, dtype=dtype)
     assert error_of(inputs, **options, chunk_size=128) < tolerance
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype_tolerance", [(FP32, 1e-5), *TOLERANCES[1:]], ids=str)
+@pytest.mark.parametrize("step", [1, -1])
+def test_tiles_of_a_row_whose_logits_lie_far_apart(dtype_tolerance, step):
+    """Rising, falling and both, by more than the exponents of any dtype take."""
+    dtype, tolerance = dtype_tolerance
+    q, k, f, gamma = make_inputs(1, 1, T=150, K=16, dtype=dtype)
+    q[..., 0] = 16
+    k[..., 0] = torch.tensor([0, 6, 25, 12, -9][::step]).repeat_interleave(30)  # times 4 = 16 / sqrt(K)
+    assert error_of([q, k, f, gamma], chunk_size=64) < tolerance
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -2,18 +2,19 @@
 
 Forward, over panels of R rows from the first to the last:
 
-    weights   exp(logit - max of the tile) for the panel's rows and all columns that they see, in the inputs' dtype,
-              and each tile's row maxima and sums in float32
-    inverse   maximum and sum of whole rows, and (I - W)^-1 - I for each M x M block on the diagonal
-    product   alpha[panel, before] s[before]
+    weights   exp(logit - reference) for the panel's rows and all columns that they see, in the inputs' dtype, and each
+              tile's references (coarse maxima) and sums of rows in float32
+    inverse   reference and sum of whole rows, weights brought to the row's reference where a tile's is another, and
+              (I - W)^-1 - I for each M x M block on the diagonal
+    product   alpha[panel, before] s[before]: of weights, divided by the sums
     solve     the panel's triangle by blocks of M rows, for a slice of the features per program
 
 Backward, over panels of R columns from the last to the first, for all rows that see them:
 
-    weights           alpha again, from the saved maxima and sums
-    product           alpha[after, panel]^T (gamma G)[after]
+    weights           again, from the saved references, but for a power of 2: those of a row sum to 1 to 2, say m
+    product           alpha[after, panel]^T (gamma G)[after], of weights and gamma G / m
     transposed_solve  the panel's triangle, transposed: G = df; and dgamma_t = <G_t, a_t>, a = alpha s saved
-    dlogits           alpha * (<gamma_t G_t, s_j> - <gamma_t G_t, a_t>), in place of alpha
+    dlogits           weight * (<gamma_t G_t / m, s_j> - <gamma_t G_t / m, a_t>), in its place
     product           dk
     product           dq, added up over the panels in float32
 
@@ -29,16 +30,19 @@ width, R rows of a panel, M rows of a diagonal block. Arguments of kernels have 
 
     q (B, H, T, K), k (B, H, S, K)          with strides such as q_t for the step to the next position
     weights (N, height, n_tiles * TILE)     of a panel: rows from position lo, columns from first_column
-    tops, sums (N, n_tiles, R)              maxima and sums of the rows of its tiles; top, total (N, T) of whole rows
+    tops, sums (N, n_tiles, R)              references, as powers of 2, and sums of rows of its tiles;
+    top, total (N, T)                       of whole rows
     inverse (N, ceil(T / M) * M, M)
     means, rhs (splits, N, R, P)            shares of the product over columns before, or rows after, the panel
-    f, ds, scaled_g, attended (N, T, P), s, g (N, S, P), gamma (N, T)
+    f, ds, attended (N, T, P), s, g (N, S, P), gamma (N, T)
+    scaled_g (N, T, P)                      gamma G / m
     dgamma_parts, correction_parts (SLICES, N, T)
     first, last (B, T)                      where the segment of a row begins, and behind its end; None without
     length (B,)                             how many past positions are valid; None without
 """
 
 from functools import partial
+from math import log
 from typing import Any
 
 import torch
@@ -81,8 +85,8 @@ def feedback_forward(
 
     Returns:
         s (B, H, T, P) in f's dtype; alpha s (B, H, T, P) float32, in which a row's logit gradients cancel well;
-        maximum and sum of exp(logit - maximum) of each row's visible logits, (B, H, T) float32, -inf and 0 where
-        nothing is visible; (I - W)^-1 - I of the diagonal blocks, (B, H, ceil(T / M) M, M) in f's dtype.
+        for each row, the reference and the sum of 2^(logit / ln 2 - reference) over what is visible, (B, H, T) float32,
+        the sum 0 where that is nothing; (I - W)^-1 - I of the diagonal blocks, (B, H, ceil(T / M) M, M) in f's dtype.
     """
     B, H, T, P = f.shape
     S, K = k.shape[2:]
@@ -104,9 +108,10 @@ def feedback_forward(
     means = gamma.new_empty(splits_for(programs, n_tiles), N, R, P)
     run = Launcher(
         q=q, k=k, f=f, gamma=gamma, s=s, attended=attended, inverse=inverse, first=first, last=None, length=length,
-        weights=weights, tops=tops, sums=sums, top=top, total=total, means=means, scale=scale, first_column=0,
+        weights=weights, tops=tops, sums=sums, top=top, total=total, means=means, scale=scale / log(2), first_column=0,
         T=T, L=L, H=H, K=K, P=P, R=R, TILE=TILE, M=M, SLICE=tiles.slice, height=R, n_tiles=n_tiles,
-        DIAGONAL=False, PRECISION=tiling.product_precision(f.dtype), **strides("q", q), **strides("k", k),
+        DIAGONAL=False, PRECISION=tiling.product_precision(f.dtype), **tiling.exponents(f.dtype),
+        **strides("q", q), **strides("k", k),
     )  # fmt: skip
     # Of 16-bit inputs the roundings are larger than TF32's; of float32 inputs the blocks are too small to matter.
     inverse_precision = "ieee" if f.dtype == torch.float32 else "tf32"
@@ -119,9 +124,7 @@ def feedback_forward(
             panel(weights_kernel, column_tiles, row_tiles, N, STEP=tiles.inner_step(K))
             panel(inverse_kernel, cdiv(rows, M), N, warps=4, PRECISION=inverse_precision)
             if before:
-                # Stages hold whole tiles of columns, and a third spills registers on sm_80.
-                step = {"STEP": tiles.forward_step, "stages": 2}
-                _product(panel, s, means, rows=rows, end=before, splits=splits, **step)
+                _product(panel, s, means, rows=rows, end=before, splits=splits, totals=total)
             panel(solve_kernel, cdiv(P, tiles.slice), N, warps=4)
     return s[:, :, L:].contiguous(), attended, top, total, inverse
 
@@ -166,11 +169,12 @@ def feedback_backward(
     programs = N * max(cdiv(P, tiles.width(P)), cdiv(K, tiles.width(K))) * (R // TILE)
     parts = gamma.new_empty(splits_for(programs, cdiv(T, TILE)) * N * R * max(P, K))
     run = Launcher(
-        q=q, k=k, s=s, gamma=gamma, ds=ds, attended=attended, inverse=inverse, g=g, scaled_g=scaled_g, scale=scale,
-        weights=weights, tops=None, sums=None, top=top, total=total, rhs=parts, first=first, last=last, length=length,
-        dgamma_parts=dgamma_parts, correction_parts=correction_parts, SLICES=n_slices, SLICE=tiles.slice,
-        T=T, L=L, H=H, K=K, P=P, R=R, TILE=TILE, M=M, height=weights.shape[1], n_tiles=R // TILE,
-        PRECISION=tiling.product_precision(s.dtype), **strides("q", q), **strides("k", k),
+        q=q, k=k, s=s, gamma=gamma, ds=ds, attended=attended, inverse=inverse, g=g, scaled_g=scaled_g,
+        scale=scale / log(2), weights=weights, tops=None, sums=None, top=top, total=total, rhs=parts, first=first,
+        last=last, length=length, dgamma_parts=dgamma_parts, correction_parts=correction_parts, SLICES=n_slices,
+        SLICE=tiles.slice, T=T, L=L, H=H, K=K, P=P, R=R, TILE=TILE, M=M, height=weights.shape[1], n_tiles=R // TILE,
+        PRECISION=tiling.product_precision(s.dtype), **tiling.exponents(s.dtype),
+        **strides("q", q), **strides("k", k),
     )  # fmt: skip
 
     # (first row that sees the panel, first column, columns, whether the panel holds a part of the diagonal)
@@ -181,7 +185,7 @@ def feedback_backward(
             panel = run.having(lo=lo, first_column=first_column, DIAGONAL=diagonal)
             below = T - lo  # rows that see the panel
             grid = (cdiv(columns, TILE), cdiv(below, TILE), N)
-            transposed = partial(_product, panel, STEP=tiles.step, rows=columns, end=below, TRANSPOSED=True)
+            transposed = partial(_product, panel, rows=columns, end=below, TRANSPOSED=True)
             add_up = partial(_add_up, transposed, parts, splits_for(programs, below // TILE))
 
             panel(weights_kernel, *grid, STEP=tiles.inner_step(K))
@@ -196,8 +200,8 @@ def feedback_backward(
             panel(dlogits_kernel, *grid, STEP=tiles.inner_step(P))
             add_up(q[:, :, lo:], dk[:, :, first_column : first_column + columns], factor=scale)
             fresh = R if diagonal else 0  # how many rows of dq no panel before has written
-            options = {"STEP": tiles.step, "ADD": True, "fresh": fresh}
-            _product(panel, k[:, :, first_column:], dq_sum[:, :, lo:], rows=below, end=columns, **options)
+            keys, sums = k[:, :, first_column:], dq_sum[:, :, lo:]
+            _product(panel, keys, sums, rows=below, end=columns, ADD=True, fresh=fresh)
     dq = scaled_g if K == P else q.new_empty(q.shape)  # scaled_g is not needed any more
     return torch.mul(dq_sum, scale, out=dq), dk, dgamma_parts.sum(0), g
 
@@ -212,7 +216,15 @@ def _product(
     W, tiles = x.shape[3], tiles_for(x.dtype)
     width = tiles.width(W)
     grid = (cdiv(W, width), cdiv(rows, tiles.tile), x.shape[0] * x.shape[1] * splits)
-    defaults = {"factor": 1.0, "begin": 0, "fresh": 0, "TRANSPOSED": False, "ADD": False}
+    defaults = {
+        "totals": None,
+        "STEP": tiles.step,
+        "factor": 1.0,
+        "begin": 0,
+        "fresh": 0,
+        "TRANSPOSED": False,
+        "ADD": False,
+    }
     sizes = {
         "n_out": rows,
         "out_rows": out.stride(-3) // W,

@@ -1,4 +1,4 @@
-"""Kernels of the backward pass alone. `weights` (N, height, n_tiles * TILE) holds alpha of a panel of columns."""
+"""Kernels of the backward pass alone. `weights` (N, height, n_tiles * TILE) holds a panel of columns."""
 
 import triton
 import triton.language as tl
@@ -6,15 +6,17 @@ import triton.language as tl
 from mixerlab.kernels.feedback.triton.functions import (
     dot,
     inner_products,
+    norm,
     panel_tile,
     rounded,
     summed_features,
+    unit,
 )
 
 
 @triton.jit(do_not_specialize=["lo", "T", "L", "height", "n_tiles", "splits"])
 def transposed_solve_kernel(
-    weights, ds, rhs, gamma, inverse, attended, g, scaled_g, dgamma_parts, correction_parts,
+    weights, ds, rhs, gamma, total, inverse, attended, g, scaled_g, dgamma_parts, correction_parts,
     lo, T, L, height, n_tiles, splits,
     P: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -48,13 +50,15 @@ def transposed_solve_kernel(
         x = tl.load(inverse + n * padded * M + rows[:, None] * M + i[None, :])
         v += dot(tl.trans(x), v.to(x.dtype), None, PRECISION)
         tl.store(g + (n * (L + T) + L) * P + rows[:, None] * P + p[None, :], v.to(x.dtype), mask=here)
-        gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
+        row_total = tl.load(total + n * T + rows, mask=inside, other=0.0)
+        # What the panel's weights leave of alpha, a factor of 1/2 to 1, is put here: so they are not rounded again.
+        gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0) * norm(row_total * unit(row_total))
         scaled = rounded(gain[:, None] * v, PRECISION).to(x.dtype)
         tl.store(scaled_g + own, scaled, mask=here)
         a = tl.load(attended + own, mask=here, other=0.0)
         at = (tl.program_id(0) * tl.num_programs(1) + n) * T + rows
         tl.store(dgamma_parts + at, tl.sum(v * a, axis=1), mask=inside)
-        # gamma dgamma, but of what `dlogits` multiplies: so rounding leaves the sum over a row's dlogits at 0.
+        # Of dgamma the same, but of what `dlogits` multiplies: so rounding leaves the sum over a row's dlogits at 0.
         tl.store(correction_parts + at, tl.sum(scaled.to(tl.float32) * a, axis=1), mask=inside)
         tl.debug_barrier()  # the next block reads what other threads stored
 
@@ -72,7 +76,7 @@ def dlogits_kernel(
     if column >= L + row + TILE:
         return
     summed = summed_features(P, row, column, first, length, b, T, L, TILE)
-    if summed == 0:  # alpha is 0 there
+    if summed == 0:  # weights are 0 there
         return
     rows, columns = row + tl.arange(0, TILE), column + tl.arange(0, TILE)
     gradients = scaled_g + n * T * P + rows[:, None] * P
@@ -86,13 +90,13 @@ def dlogits_kernel(
         at = correction_parts + (part * tl.num_programs(2) + n) * T + rows
         correction += tl.load(at, mask=inside, other=0.0)
     own = panel_tile(weights, n, height, n_tiles, TILE)
-    alpha = tl.load(own).to(tl.float32)
+    w = tl.load(own).to(tl.float32)
     if length is None:
         # Rows that see nothing outside this tile need no correction from elsewhere, and this one is more accurate.
         start = tl.zeros((TILE,), tl.int32)
         if first is not None:
             start = tl.load(first + b * T + rows, mask=inside, other=0).to(tl.int32)
-        mean = tl.sum(alpha * products, axis=1) / tl.maximum(tl.sum(alpha, axis=1), 1e-30)
+        mean = tl.sum(w * products, axis=1) / tl.maximum(tl.sum(w, axis=1), 1e-30)
         correction = tl.where((start >= column) & (rows < column + TILE), mean, correction)
-    dlogits = alpha * (products - correction[:, None])
+    dlogits = w * (products - correction[:, None])
     tl.store(own, dlogits.to(weights.dtype.element_ty))

@@ -1,9 +1,10 @@
-"""Kernels of the forward pass alone: a panel's triangle. The weights are relative to the maxima of their tiles."""
+"""Kernels of the forward pass alone: a panel's rows as a whole, and its triangle."""
 
 import triton
 import triton.language as tl
 
-from mixerlab.kernels.feedback.triton.functions import dot, finite, shift_and_norm, tile_factor
+from mixerlab.kernels.feedback.triton.functions import dot, norm
+from mixerlab.kernels.feedback.triton.products import NOTHING
 
 LANES = tl.constexpr(32)
 """Tiles of which a program of `inverse` reads the statistics at a time."""
@@ -24,29 +25,39 @@ def inverse_kernel(
     if first is not None:
         begin = (tl.load(first + n // H * T + lo + tl.program_id(0) * M) // TILE).to(tl.int32)
 
-    # Maxima and sums of many tiles at a time, brought together once: the walk is short, and its loads run ahead.
-    lane_top = tl.full((LANES, M), float("-inf"), tl.float32)
+    # Many tiles at a time, brought together once: the walk is short, and its loads run ahead.
+    lane_top = tl.full((LANES, M), NOTHING, tl.float32)
     lane_total = tl.zeros((LANES, M), tl.float32)
+    low = tl.full((LANES, M), float("inf"), tl.float32)
     for tile in tl.range(begin, own + 1, LANES, num_stages=3):
         lane = tile + tl.arange(0, LANES)[:, None]
         at = (n * n_tiles + lane) * R + local[None, :]
-        here = tl.load(tops + at, mask=lane <= own, other=float("-inf"))
-        grown = tl.maximum(lane_top, here)
-        lane_total = lane_total * tl.exp(lane_top - finite(grown))
-        lane_total += tl.load(sums + at, mask=lane <= own, other=0.0) * tl.exp(here - finite(grown))
+        reference = tl.load(tops + at, mask=lane <= own, other=NOTHING)
+        here = tl.load(sums + at, mask=lane <= own, other=0.0)
+        grown = tl.maximum(lane_top, reference)
+        lane_total = lane_total * tl.exp2(lane_top - grown) + here * tl.exp2(reference - grown)
+        low = tl.minimum(low, tl.where(here > 0, reference, float("inf")))
         lane_top = grown
     row_top = tl.max(lane_top, axis=0)
-    shift = finite(row_top)
-    row_total = tl.sum(lane_total * tl.exp(lane_top - shift[None, :]), axis=0)
+    row_total = tl.sum(lane_total * tl.exp2(lane_top - row_top[None, :]), axis=0)
     tl.store(top + n * T + rows, row_top, mask=inside)
     tl.store(total + n * T + rows, row_total, mask=inside)
 
-    gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0) / tl.maximum(row_total, 1.0)
-    columns = tl.multiple_of(L + lo, M) + tl.program_id(0) * M + i
     own_rows = weights + n * R * n_tiles * TILE + local[:, None] * (n_tiles * TILE)  # (M, 1)
-    w = tl.load(own_rows + columns[None, :]).to(tl.float32)
+    if tl.max(row_top - tl.min(low, axis=0), axis=0) > 0:
+        # Rare: tiles of a row differ in their references. Multiplied by powers of 2, weights keep their digits.
+        for tile in range(begin, own + 1):
+            by = tl.exp2(tl.load(tops + (n * n_tiles + tile) * R + local) - row_top)
+            for column in range(tile * TILE, (tile + 1) * TILE, M):
+                at = own_rows + (column + i)[None, :]
+                w = tl.load(at).to(tl.float32) * by[:, None]
+                tl.store(at, w.to(weights.dtype.element_ty))
+        tl.debug_barrier()  # what other threads stored is read below
+
     # Factors stay out of the product: weights of 16 bits are TF32's numbers, and need no rounding.
-    factor = tile_factor(tops + (n * n_tiles + own) * R + local, shift, gain)[:, None]
+    factor = (tl.load(gamma + n * T + rows, mask=inside, other=0.0) * norm(row_total))[:, None]
+    columns = tl.multiple_of(L + lo, M) + tl.program_id(0) * M + i
+    w = tl.load(own_rows + columns[None, :]).to(tl.float32)
 
     # The inverse of blocks twice as large: [[A, 0], [-C, D]]^-1 = [[A^-1, 0], [D^-1 C A^-1, D^-1]].
     difference = (
@@ -65,7 +76,7 @@ def inverse_kernel(
 
 @triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles", "splits"])
 def solve_kernel(
-    weights, tops, f, gamma, first, top, total, inverse, means, s, attended, lo, T, L, n_tiles, splits, H,
+    weights, f, gamma, first, total, inverse, means, s, attended, lo, T, L, n_tiles, splits, H,
     P: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +92,7 @@ def solve_kernel(
         local = block * M + i
         rows = lo + local
         inside = rows < T
-        shift, norm = shift_and_norm(top, total, n * T + rows, inside)
+        divided = norm(tl.load(total + n * T + rows, mask=inside, other=0.0))[:, None]
         own_rows = panel + local[:, None] * (n_tiles * TILE)  # (M, 1)
         begin = 0
         if first is not None:
@@ -92,12 +103,12 @@ def solve_kernel(
         for split in range(splits):
             mean = means + (split * tl.num_programs(1) + n) * R * P
             u += tl.load(mean + local[:, None] * P + p[None, :], mask=here, other=0.0)
+        sums = tl.zeros((M, SLICE), tl.float32)
         for j in range(begin, block):
             w = tl.load(own_rows + (j * M + i)[None, :])
             y = tl.load(solution + (j * M + i)[:, None] * P + p[None, :], mask=some, other=0.0)
-            tile = (L + lo + j * M) // TILE
-            by = tile_factor(tops + (n * n_tiles + tile) * R + local, shift, norm)
-            u += by[:, None] * dot(w, y, None, PRECISION)
+            sums = dot(w, y, sums, PRECISION)
+        u += divided * sums
 
         own = n * T * P + rows[:, None] * P + p[None, :]
         gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
@@ -107,8 +118,6 @@ def solve_kernel(
         tl.store(solution + local[:, None] * P + p[None, :], solved, mask=here)
 
         w = tl.load(own_rows + local[None, :])
-        tile = (L + lo + block * M) // TILE
-        by = tile_factor(tops + (n * n_tiles + tile) * R + local, shift, norm)
-        u += by[:, None] * dot(w, solved, None, PRECISION)
+        u += divided * dot(w, solved, None, PRECISION)
         tl.store(attended + own, u, mask=here)
         tl.debug_barrier()  # the next block reads what other threads stored

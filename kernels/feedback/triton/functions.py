@@ -72,19 +72,13 @@ def rounded(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def finite(top):
-    """Maxima to subtract: 0 for rows that see nothing, whose maximum is -inf."""
-    return tl.where(top == float("-inf"), 0.0, top)
+def norm(total):
+    """1 / total, and 0 for rows that see nothing."""
+    return tl.where(total > 0, 1.0, 0.0) / tl.where(total > 0, total, 1.0)
 
 
 @triton.jit
-def shift_and_norm(top, total, at, inside):
-    """Of rows: what to subtract from logits, and what to multiply exponentials by."""
-    shift = finite(tl.load(top + at, mask=inside, other=0.0))
-    return shift, 1.0 / tl.maximum(tl.load(total + at, mask=inside, other=1.0), 1.0)
-
-
-@triton.jit
-def tile_factor(tops, shift, norm):
-    """What weights relative to their tile's maxima, to which `tops` points, are multiplied by to be alpha."""
-    return tl.exp(tl.load(tops) - shift) * norm
+def unit(total):
+    """The power of 2 that brings a total between 1 and 2."""
+    exponent = total.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.where(total > 0, (0x7F000000 - exponent).to(tl.float32, bitcast=True), 1.0)

@@ -8,24 +8,32 @@ import triton.language as tl
 
 from mixerlab.kernels.feedback.triton.functions import (
     dot,
-    finite,
     inner_products,
+    norm,
     panel_tile,
     rounded,
-    shift_and_norm,
     summed_features,
-    tile_factor,
+    unit,
     visible,
 )
+
+LN_2 = tl.constexpr(0.6931471805599453)
+NOTHING = tl.constexpr(-1e6)
+"""The largest logit, far below all others, of a row that sees nothing."""
 
 
 @triton.jit(do_not_specialize=["lo", "first_column", "T", "L", "height", "n_tiles"])
 def weights_kernel(
     q, k, first, length, weights, tops, sums, top, total,
     scale, lo, first_column, T, L, height, n_tiles, q_b, q_h, q_t, k_b, k_h, k_t, H,
-    K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    QUANTUM: tl.constexpr, MOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With `tops`, exp(logit - maximum of the tile's row) and each tile's row maxima and sums; without, alpha."""
+    """2^(logit - reference), the scale giving logits as powers of 2.
+
+    With `tops`, each row of the tile has its reference, the multiple of QUANTUM that leaves exponents of at most MOST;
+    it is stored with the row's sum. Without, rows have that of `top`, and weights are multiplied by the total's unit.
+    """
     n = tl.program_id(2).to(tl.int64)
     b, h = n // H, n % H
     row = lo + tl.program_id(1) * TILE
@@ -43,16 +51,21 @@ def weights_kernel(
     # The choice keeps product and difference apart: fused, they would round otherwise in one pass than in the other.
     logits = tl.where(seen, scale * products, float("-inf"))
     if tops is not None:
-        tile_top = tl.max(logits, axis=1)  # (TILE,)
-        w = rounded(tl.exp(logits - finite(tile_top)[:, None]), PRECISION).to(weights.dtype.element_ty)
+        reference = QUANTUM * tl.ceil(
+            (tl.maximum(tl.max(logits, axis=1), NOTHING) - MOST) / QUANTUM
+        )  # (TILE,)
+    else:
+        reference = tl.load(top + n * T + rows, mask=inside, other=0.0)
+    # Powers of 2 by exp: of exp2 the compiler makes more registers than let two programs share a multiprocessor.
+    w = tl.exp((logits - reference[:, None]) * LN_2)
+    if tops is None:
+        w *= unit(tl.load(total + n * T + rows, mask=inside, other=0.0))[:, None]
+    w = rounded(w, PRECISION).to(weights.dtype.element_ty)
+    if tops is not None:
         at = (n * n_tiles + tl.program_id(0)) * height + rows - lo
-        tl.store(tops + at, tile_top)
+        tl.store(tops + at, reference)
         # Summed as they are stored: weights that sum to 1 leave no rounding that is common to a row.
         tl.store(sums + at, tl.sum(w.to(tl.float32), axis=1))
-    else:
-        shift, norm = shift_and_norm(top, total, n * T + rows, inside)
-        alpha = tl.exp(logits - shift[:, None]) * norm[:, None]
-        w = rounded(alpha, PRECISION).to(weights.dtype.element_ty)
     tl.store(panel_tile(weights, n, height, n_tiles, TILE), w)
 
 
@@ -63,16 +76,16 @@ def weights_kernel(
     ]
 )
 def product_kernel(
-    weights, x, out, first, last, tops, top, total,
+    weights, x, out, first, last, totals,
     factor, begin, end, fresh, lo, first_column, T, height, n_tiles, n_out, out_rows, splits, x_b, x_h, x_t, H,
     W: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
     TRANSPOSED: tl.constexpr, DIAGONAL: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = factor * sum of alpha[i, j] x[j], or of alpha[j, i] x[j] if TRANSPOSED, for i < n_out.
+    """out[i] = factor * sum of weights[i, j] x[j], or of weights[j, i] x[j] if TRANSPOSED, for i < n_out.
 
     Sums over one of `splits` shares of j from `begin` (0 unless TRANSPOSED) to `end`, as far as segments and, where
     the weights hold a part of the DIAGONAL, rows and columns meet. ADD: to what `out` holds from row `fresh` on.
-    With `tops` the weights are relative to their tiles' maxima, and `top` and `total` make them alpha.
+    With `totals` (N, T), divided by those of the rows.
     """
     n = (tl.program_id(2) // splits).to(tl.int64)
     split = tl.program_id(2) % splits
@@ -107,9 +120,6 @@ def product_kernel(
         products = tl.load(own, mask=here & (i >= fresh)[:, None], other=0.0)
     else:
         products = tl.zeros((TILE, WIDTH), tl.float32)
-    shift, norm = None, None
-    if tops is not None:
-        shift, norm = shift_and_norm(top, total, n * T + lo + i, lo + i < T)
     width = n_tiles * TILE
     panel = weights + n * height * width
     for at in range(begin, end, STEP):
@@ -120,9 +130,7 @@ def product_kernel(
             w = tl.trans(tl.load(panel + j[:, None] * width + i[None, :]))
         else:
             w = tl.load(panel + i[:, None] * width + j[None, :])
-        if tops is not None:
-            by = tile_factor(tops + (n * n_tiles + at // TILE) * height + i, shift, norm)
-            products += by[:, None] * dot(w, y, None, PRECISION)
-        else:
-            products = dot(w, y, products, PRECISION)
+        products = dot(w, y, products, PRECISION)
+    if totals is not None:
+        products *= norm(tl.load(totals + n * T + lo + i, mask=lo + i < T, other=0.0))[:, None]
     tl.store(own, (products * factor).to(out.dtype.element_ty), mask=here)

@@ -14,7 +14,6 @@ class Tiles:
 
     tile: int  # rows and columns of a tile, and most features of an output tile
     step: int  # how much of the summed dimension is loaded at a time
-    forward_step: int  # the same in the forward product; a whole tile where loads are to run ahead over tiles
     block: int  # M
     slice: int  # features per program of a solve
 
@@ -27,8 +26,8 @@ class Tiles:
         return max(16, min(self.step, triton.next_power_of_2(features)))
 
 
-HALF = Tiles(tile=128, step=64, forward_step=128, block=64, slice=32)
-SINGLE = Tiles(tile=64, step=16, forward_step=16, block=32, slice=16)
+HALF = Tiles(tile=128, step=64, block=64, slice=32)
+SINGLE = Tiles(tile=64, step=16, block=32, slice=16)
 
 PANEL_BYTES = 256 * 2**20
 """Panels are made smaller, down to one tile of rows, where a panel's weights would take more than this."""
@@ -60,6 +59,14 @@ def panel_rows(N: int, T: int, S: int, dtype: torch.dtype, chunk_size: int | Non
 def splits_for(programs: int, tiles: int) -> int:
     """Among how many programs a sum over `tiles` is divided, where there are only `programs` sums."""
     return max(1, min(triton.cdiv(PROGRAMS, programs), tiles // TILES_PER_SPLIT))
+
+
+def exponents(dtype: torch.dtype) -> dict[str, int]:
+    """Of weights as powers of 2: references are multiples of QUANTUM, and the largest of a tile's row at most MOST.
+
+    With the exponents of float32 nearly all tiles of a row share one. Those of float16 go from -14 to 15.
+    """
+    return {"QUANTUM": 14, "MOST": 15} if dtype == torch.float16 else {"QUANTUM": 64, "MOST": 32}
 
 
 def product_precision(dtype: torch.dtype) -> str:
