@@ -226,6 +226,6 @@ def test_compiles_ahead_of_time_without_spills(
         matrix_units |= "wgmma" in binary.ptx
         if width % 16 == 0 and dtype != torch.float32:
             assert "ld.global.b16" not in binary.ptx, f"loads of single numbers: {launch.compiled_in()}"
-    assert len({launch.name for launch in launches}) == 9
+    assert len({launch.name for launch in launches}) == 6
     if architecture == 90 and dtype != torch.float32:
         assert matrix_units
