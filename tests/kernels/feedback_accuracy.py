@@ -104,12 +104,12 @@ def exact_products():
     assert precisions  # else nothing was exact
 
 
-def medians(routing, gain: float, T: int, dtype: torch.dtype, *, others=True) -> list[list[float]]:
-    """For each of NAMES, the RMS error relative to float64 of the kernels, median of 5 seeds; and, as `others`, of the
+def medians(routing, gain: float, T: int, dtype: torch.dtype, *, seeds=5, others=True) -> list[list[float]]:
+    """For each of NAMES, the RMS error relative to float64 of the kernels, median over seeds; and, as `others`, of the
     kernels with exact products and of the textbook composition (which rounds logits to the inputs' dtype).
     """
     errors = []  # (seed, one of the three, name)
-    for seed in range(5):
+    for seed in range(seeds):
         inputs = make_inputs(routing, gain, T, dtype, seed)
         truth = results([x.double() for x in inputs], "reference")
         runs = [results(inputs, "triton")]
@@ -167,5 +167,5 @@ def test_error_is_near_that_of_exact_products_and_of_the_textbook(routing, gain,
     ],
 )
 def test_error_of_float32_inputs_where_tf32_is_allowed(routing, gain):
-    [ours] = medians(routing, gain, 512, FP32, others=False)
+    [ours] = medians(routing, gain, 256, FP32, seeds=3, others=False)  # slow to interpret
     assert max(ours) <= 8 * TF32_EPS, dict(zip(NAMES, ours, strict=True))
