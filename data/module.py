@@ -48,6 +48,8 @@ class DataModule(ABC):
         labels       (T,)  what position t must predict, already shifted; -100 where there is no loss
         segment_ids  (T,)  only where a row packs several documents: non-decreasing from 0
 
+    T is `seq_len`. Validation datasets beside the main one may have another, the same for all rows of one.
+
     `prepare` runs in one process of each machine, then `setup` in every process, and then the datasets are asked
     for. A signal that asks the run to end raises in `prepare`, anywhere, as Ctrl-C does: nothing half written may be
     taken for whole afterwards.

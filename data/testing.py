@@ -49,6 +49,10 @@ def ready(factory: Factory, seed: int = 0) -> DataModule:
     return data
 
 
+MAIN = ("train_dataset()", "val_datasets()['valid']")
+"""Whose rows have T = seq_len positions."""
+
+
 def splits(data: DataModule) -> dict[str, Rows]:
     """All datasets, each by how one gets it."""
     valid = {f"val_datasets()[{name!r}]": rows for name, rows in data.val_datasets().items()}
@@ -102,22 +106,28 @@ def check_validation(factory: Factory) -> None:
 
 
 def check_rows(factory: Factory) -> None:
-    """A row has input_ids, labels and perhaps segment_ids, int64 (T,); ids are in 0..V-1, as are labels, or -100."""
+    """A row has input_ids, labels and perhaps segment_ids, int64 (T,); ids are in 0..V-1, as are labels, or -100.
+
+    Validation datasets beside "valid" may have rows of another length, the same for all rows of one.
+    """
     data = ready(factory)
-    T, V = data.seq_len, data.vocab_size
+    V = data.vocab_size
     for name, rows in splits(data).items():
         assert len(rows) > 0, f"{name} is empty"
-    for name, row in read(data):
-        keys = set(row) - {"segment_ids"}
-        assert keys == {"input_ids", "labels"}, f"{name} has {', '.join(map(str, row))}"
-        for key, value in row.items():
-            assert isinstance(value, Tensor), f"{name}: {key} is a {type(value).__name__}"
-            assert value.dtype == torch.int64, f"{name}: {key} is {value.dtype}"
-            assert value.shape == (T,), f"{name}: {key} is {tuple(value.shape)}; T is {T}"
-        labels = row["labels"][row["labels"] != IGNORE]
-        for key, ids in (("input_ids", row["input_ids"]), ("labels", labels)):
-            wrong = ids[(ids < 0) | (ids >= V)].tolist()
-            assert not wrong, f"{name}: {key} has {wrong}; V is {V}"
+    for dataset, rows in splits(data).items():
+        T = data.seq_len if dataset in MAIN else len(rows[0]["input_ids"])
+        for i in sample(rows):
+            name, row = f"{dataset}[{i}]", rows[i]
+            keys = set(row) - {"segment_ids"}
+            assert keys == {"input_ids", "labels"}, f"{name} has {', '.join(map(str, row))}"
+            for key, value in row.items():
+                assert isinstance(value, Tensor), f"{name}: {key} is a {type(value).__name__}"
+                assert value.dtype == torch.int64, f"{name}: {key} is {value.dtype}"
+                assert value.shape == (T,), f"{name}: {key} is {tuple(value.shape)}; T is {T}"
+            labels = row["labels"][row["labels"] != IGNORE]
+            for key, ids in (("input_ids", row["input_ids"]), ("labels", labels)):
+                wrong = ids[(ids < 0) | (ids >= V)].tolist()
+                assert not wrong, f"{name}: {key} has {wrong}; V is {V}"
 
 
 def check_some_label(factory: Factory) -> None:
