@@ -106,15 +106,13 @@ def check_validation(factory: Factory) -> None:
 
 
 def check_rows(factory: Factory) -> None:
-    """A row has input_ids, labels and perhaps segment_ids, int64 (T,); ids are in 0..V-1, as are labels, or -100.
-
-    Validation datasets beside "valid" may have rows of another length, the same for all rows of one.
-    """
+    """A row has input_ids, labels and perhaps segment_ids, int64 (T,); ids are in 0..V-1, as are labels, or -100."""
     data = ready(factory)
     V = data.vocab_size
     for name, rows in splits(data).items():
         assert len(rows) > 0, f"{name} is empty"
     for dataset, rows in splits(data).items():
+        # Validation datasets beside "valid" may have rows of another length, the same for all rows of one.
         T = data.seq_len if dataset in MAIN else len(rows[0]["input_ids"])
         for i in sample(rows):
             name, row = f"{dataset}[{i}]", rows[i]

@@ -4,6 +4,8 @@ from mixerlab.data.tasks import (  # noqa: F401  (importing registers them)
     copying,
     diffuse_mqar,
     induction_heads,
+    mad,
+    mad_recall,
     mqar,
     symbol_soup,
 )

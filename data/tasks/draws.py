@@ -50,6 +50,14 @@ class Draws:
         """(n, *shape), each number from low to high, both included; these broadcast against it."""
         return low + (self.uniform(*shape) * (np.asarray(high) - low + 1)).astype(np.int64)
 
+    def function(self, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """A random function of each sample's own, at numbers (n, ...): the same number has the same value again.
+
+        Its values are at least 0 and below 1, and have nothing to do with the numbers drawn in turn.
+        """
+        keys = mix(~self.keys).reshape(-1, *[1] * (numbers.ndim - 1))
+        return (mix(keys + (numbers.astype(np.uint64) + np.uint64(1)) * GAMMA) >> np.uint64(11)) * 2.0**-53
+
     def distinct(self, size: int, k: int) -> NDArray[np.int64]:
         """(n, k) different numbers of range(size), every ordered choice as likely.
 

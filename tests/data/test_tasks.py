@@ -18,6 +18,13 @@ VARIANTS = {
     "diffuse_mqar": {"lags": [200, 400], "n_train": 1000},
     "selective_copying": {"length": 64},
     "induction_heads": {"seq_len": 32, "test_lengths": [16, 64]},
+    "mad_recall": {"seq_len": 32},
+    "mad_recall, values alone": {"seq_len": 32, "every_token": False},
+    "mad_noisy_recall": {"seq_len": 32},
+    "mad_fuzzy_recall": {"seq_len": 40},
+    "mad_selective_copying": {"seq_len": 64},
+    "mad_compression": {},
+    "mad_memorization": {"n_train": 1000},
 }
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -161,6 +168,21 @@ def test_few_very_long_rows_are_made_together():
         ),
         ("selective_copying length=15", "n_data = 16: at most length = 15 is needed"),
         ("induction_heads test_lengths=[64,2]", "test_lengths = [64, 2]: each must be at least 3"),
+        ("mad_recall seq_len=31", "seq_len = 31: an even number is needed, for pairs"),
+        (
+            "mad_noisy_recall n_noise=30",
+            "n_noise = 30: at most vocab_size - 4 = 28 is needed, for keys and values",
+        ),
+        (
+            "mad_fuzzy_recall vocab_size=6",
+            "vocab_size = 6: at least 7 is needed, since the tokens of a key or value differ",
+        ),
+        (
+            "mad_fuzzy_recall seq_len=17",
+            "seq_len = 17: at least 18 is needed, for three of the longest pairs",
+        ),
+        ("mad_selective_copying n_data=128", "n_data = 128: at most 127 is needed, for seq_len = 256"),
+        ("mad_memorization seq_len=31", "seq_len = 31: an even number is needed, for pairs"),
         ("induction_heads seq_len=2", "seq_len = 2: expected at least 3"),
     ],
 )
