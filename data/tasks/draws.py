@@ -42,7 +42,7 @@ class Draws:
         self.drawn += count.size
         return mix(self.keys.reshape(-1, *[1] * len(shape)) + (count * GAMMA).reshape(shape))
 
-    def uniform(self, *shape: int) -> NDArray[np.float64]:
+    def uniform(self, *shape: int) -> NDArray[np.floating]:
         """(n, *shape), at least 0 and below 1."""
         return (self.bits(*shape) >> np.uint64(11)) * 2.0**-53
 
@@ -50,7 +50,7 @@ class Draws:
         """(n, *shape), each number from low to high, both included; these broadcast against it."""
         return low + (self.uniform(*shape) * (np.asarray(high) - low + 1)).astype(np.int64)
 
-    def function(self, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    def function(self, numbers: NDArray[np.int64]) -> NDArray[np.floating]:
         """A random function of each sample's own, at numbers (n, ...): the same number has the same value again.
 
         Its values are at least 0 and below 1, and have nothing to do with the numbers drawn in turn.
@@ -69,7 +69,7 @@ class Draws:
             chosen[taken, j] = size - k + j
         return np.take_along_axis(chosen, np.argsort(self.bits(k), axis=1), axis=1)
 
-    def weighted(self, weights: NDArray[np.float64], k: int) -> NDArray[np.int64]:
+    def weighted(self, weights: NDArray[np.floating], k: int) -> NDArray[np.int64]:
         """(n, k) different places of `weights`, drawn one after another, each with probability in proportion to them.
 
         The first k arrivals of exponential clocks (Efraimidis and Spirakis, Information Processing Letters 2006).

@@ -1,7 +1,7 @@
 """Recall as in MAD: in context, among noise, and with keys and values of several tokens.
 
 Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures", arXiv 2403.17844, with the
-settings of their repository athms/mad-lab. Letters: n samples, L tokens of a row, K keys, S pairs of a row, T positions of a row.
+settings of their repository athms/mad-lab. Letters: n samples, L tokens, S pairs and T positions of a row, K keys.
 """
 
 from __future__ import annotations
@@ -102,13 +102,13 @@ class MadRecall(MadTask):
         keys, is_noise = np.concatenate([keys, asked], axis=1), np.pad(is_noise, ((0, 0), (0, 1)))
         values = np.take_along_axis(value_of, keys, axis=1)
         known = seen_before(np.where(is_noise, -1 - np.arange(S), keys))
-        rows = np.stack([keys, values], axis=2)  # (n, S, 2)
+        rows: Ids = np.stack([keys, values], axis=2)  # (n, S, 2)
         if n_noise:
             rows = np.where(is_noise[..., None], draws.integers(symbols, config.vocab_size - 1, S, 2), rows)
         targets = np.full(rows.shape, IGNORE)
         targets[..., 1] = np.where(known, values, IGNORE)
-        rows, targets = rows.reshape(len(index), -1), targets.reshape(len(index), -1)
-        return rows[:, :-1], (rows if training and config.every_token else targets)[:, 1:]
+        labels = rows if training and config.every_token else targets
+        return rows.reshape(len(index), -1)[:, :-1], labels.reshape(len(index), -1)[:, 1:]
 
 
 @register_data("mad_noisy_recall", NoisyRecallConfig)
@@ -205,7 +205,7 @@ class Motifs:
         self.first = np.array([0, *accumulate(self.counts.tolist())])
         """Number of the first motif of each length, and how many there are."""
 
-    def choose(self, of_length: NDArray[np.float64], of_motif: NDArray[np.float64]) -> Ids:
+    def choose(self, of_length: NDArray[np.floating], of_motif: NDArray[np.floating]) -> Ids:
         """Motifs by two uniform numbers: every length as often, and every motif of a length."""
         which = (of_length * len(self.counts)).astype(np.int64)
         return self.first[which] + (of_motif * self.counts[which]).astype(np.int64)

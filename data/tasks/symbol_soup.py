@@ -138,7 +138,7 @@ def assemble(draws: Draws, lengths: Ids, styles: Ids, most: int) -> tuple[NDArra
     return ids, where[:, -1]
 
 
-def flips(u: NDArray[np.float64]) -> NDArray[np.uint8]:
+def flips(u: NDArray[np.floating]) -> NDArray[np.uint8]:
     """How far each letter is moved round the alphabet, to become one of the 15 others; 0 for nearly all."""
     others = len(LETTERS) - 1
     return np.where(u < FLIP_RATE, 1 + u * (others / FLIP_RATE), 0).astype(np.uint8)
@@ -202,7 +202,7 @@ def motif_probabilities(order: str, left: int) -> NDArray[np.float64]:
 
 
 @cache
-def cumulative_probabilities() -> NDArray[np.float64]:
+def cumulative_probabilities() -> NDArray[np.floating]:
     """Of PIECES, for each style, previous letter and number of letters left (0 to 4, or more), one after another.
 
     The d-th distribution goes up from d to d + 1, so that a search for d + u finds the piece.
@@ -214,9 +214,9 @@ def cumulative_probabilities() -> NDArray[np.float64]:
             rate = MOTIF_RATE if left >= 3 else 0
             table[style, :, left, : len(LETTERS)] = (1 - rate) * letter_probabilities(order)
             table[style, :, left, len(LETTERS) : -1] = rate * motif_probabilities(order, left)
-    cumulative = table.reshape(-1, len(PIECES)).cumsum(axis=1)
+    cumulative: NDArray[np.floating] = table.reshape(-1, len(PIECES)).cumsum(axis=1)
     cumulative /= cumulative[:, -1:]
-    return (cumulative + np.arange(len(cumulative))[:, None]).ravel()
+    return (cumulative + np.arange(len(cumulative))[:, None]).reshape(-1)
 
 
 def with_white_space(ids: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,5 +1,7 @@
 """What all synthetic tasks have in common: the contract, rows that are the same however they are read, messages."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from mixerlab.data import testing as contract
 from mixerlab.data.tasks.task import Task
 from mixerlab.options import ConfigError
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "symbol_soup": {"min_tokens": 30, "max_tokens": 60},
     "symbol_soup, letters": {"tokenization": "letters", "min_tokens": 30, "max_tokens": 60},
     "mqar": {},

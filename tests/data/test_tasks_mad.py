@@ -11,7 +11,8 @@ from tasks import rows, within_sampling_error
 
 def recalled(row, n_noise=0, V=16):
     """What a reader of pairs knows at each position: the value of a key that was there before, else -100."""
-    symbols, known, answers = V - n_noise, {}, np.full(len(row), -100)
+    known: dict[int, int] = {}
+    symbols, answers = V - n_noise, np.full(len(row), -100)
     for t in range(0, len(row), 2):
         key = int(row[t])
         if key < symbols // 2:

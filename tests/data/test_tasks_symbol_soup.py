@@ -12,7 +12,7 @@ import pytest
 from mixerlab.data import build_data
 from mixerlab.data.tasks.draws import Draws
 from mixerlab.data.tasks.symbol_soup import PIECES, SymbolSoupConfig, choose_pieces, flips
-from mixerlab.data.tasks.symbol_soup_bayes import bayes_accuracy, block_likelihoods, class_posterior
+from mixerlab.data.tasks.symbol_soup_bayes import bayes_accuracy, block_likelihoods, blocks, class_posterior
 from symbol_soup_loop import ALPHABET, STYLES, Loop, distributions
 from tasks import rows, within_sampling_error
 
@@ -206,6 +206,18 @@ def test_the_posterior_says_how_often_it_is_right():
     own = posterior[np.arange(2000), labels.max(axis=1) - 24]
     difference = own - (posterior**2).sum(axis=1)
     assert abs(difference.mean()) < 5 * difference.std() / 2000**0.5
+
+
+def test_the_order_of_the_blocks_is_a_fair_coin():
+    """How probable it is, given a row and its class, that the left style came first: one half on average."""
+    ids, labels = rows("symbol_soup", min_tokens=60, max_tokens=100, n=2000)
+    first, second = (block_likelihoods(*block) for block in blocks(ids))
+    label, each = labels.max(axis=1) - 24, np.arange(2000)
+    left, right = label // 5, 4 + label % 5
+    kept, swapped = first[each, left] + second[each, right], first[each, right] + second[each, left]
+    p = 1 / (1 + np.exp(swapped - kept))
+    assert abs(p.mean() - 0.5) < 5 * p.std() / 2000**0.5
+    assert p.std() > 0.2, "rows tell their order"
 
 
 def test_the_ceiling_at_400_to_600():

@@ -1,5 +1,7 @@
 """Rows of synthetic tasks, and whether counts are those of a distribution."""
 
+from typing import Any
+
 import numpy as np
 
 from mixerlab.data import build_data
@@ -7,7 +9,7 @@ from mixerlab.data import build_data
 
 def rows(name, split="train", n=20_000, **options):
     """input_ids and labels of the first rows of a dataset, (n, T) each."""
-    data = build_data({"name": name, **options}, 0)
+    data: Any = build_data({"name": name, **options}, 0)
     datasets = {"train": data.train_dataset(), **data.val_datasets()}
     input_ids, labels = datasets[split].batch(range(n))
     return input_ids.numpy(), labels.numpy()
