@@ -1,15 +1,9 @@
 """The best possible answer to SymbolSoup: the posterior of the classes, for a reader who knows the styles.
 
-    python -m mixerlab.data.tasks.symbol_soup_bayes [min_tokens [max_tokens [rows]]]
-
-prints the accuracy that no model can beat but by chance.
-
 Letters: n samples, W positions of the longest block.
 """
 
 from __future__ import annotations
-
-import sys
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,18 +98,10 @@ def block_likelihoods(letters: NDArray[np.int64], lengths: NDArray[np.int64]) ->
 
 
 def bayes_accuracy(config: SymbolSoupConfig, n_rows: int, seed: int = 0) -> float:
-    """Share of rows whose most probable class is the right one."""
+    """Share of rows whose most probable class is the right one: no model does better but by chance."""
     task, right = SymbolSoup(config, seed), 0
     for first in range(0, n_rows, 250):
         index = np.arange(first, min(first + 250, n_rows))
         input_ids, labels = task.make(Draws(seed, "bayes", index), index)
         right += int((class_posterior(input_ids).argmax(axis=1) == labels.max(axis=1) - CLASS).sum())
     return right / n_rows
-
-
-if __name__ == "__main__":
-    shortest, longest, n_rows = [int(text) for text in sys.argv[1:]] + [400, 600, 2000][len(sys.argv) - 1 :]
-    accuracy = bayes_accuracy(
-        SymbolSoupConfig(min_tokens=shortest, max_tokens=longest, tokenization="letters"), n_rows
-    )
-    print(f"{accuracy:.3f} of {n_rows} rows of {shortest} to {longest} characters")

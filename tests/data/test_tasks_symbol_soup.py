@@ -89,6 +89,9 @@ def test_lengths_are_uniform_in_their_ranges():
         assert (value <= largest).all()
         counts, expected = tenths(value, smallest, largest)
         assert within_sampling_error(counts, expected)
+        for edge in (smallest, largest):
+            expected = (1 / (largest - smallest + 1)).sum()
+            assert abs((value == edge).sum() - expected) < 5 * expected**0.5
 
 
 def test_noise_is_uniform_in_letters_and_pairs():
@@ -133,24 +136,35 @@ def count(pieces):
 @pytest.mark.parametrize("style", range(9))
 def test_pieces_have_their_probabilities(style):
     """Motifs and letters, at the beginning, inside, and where only some fit."""
-    n, name = 4000, [*STYLES][style]
-    chosen = choose_pieces(Draws(0, "train", np.arange(n)), np.full(n, style), np.full(n, 30))
-    seen: dict[tuple, Counter] = {}
-    for row in chosen:
-        left, before = 30, ""
-        for piece in (PIECES[i] for i in row if PIECES[i]):
-            seen.setdefault((min(left, 5), before), Counter())[piece] += 1
-            left, before = left - len(piece), piece[-1]
-        assert left == 0
-    assert {left for left, _ in seen} == {1, 2, 3, 4, 5}
-    for (left, before), counts in seen.items():
-        probability = distributions(name, left, before)
-        assert set(counts) <= set(probability)
-        total = counts.total()
-        if total >= 1000:  # small counts are not normal
-            assert within_sampling_error(
-                [counts[piece] for piece in probability], total * np.array([*probability.values()])
-            )
+    chosen = choose_pieces(Draws(0, "train", np.arange(N)), np.full(N, style), np.full(N, 30))
+    lengths, last = np.array([*map(len, PIECES)]), np.array([ord(piece[-1:] or "a") for piece in PIECES])
+    left, before = np.full(N, 30), np.full(N, 0)
+    counts: Counter = Counter()
+    for pieces in chosen.T:
+        keys = np.stack([np.minimum(left, 5), before, pieces], axis=1)[left > 0]
+        for key, n in zip(*np.unique(keys, axis=0, return_counts=True), strict=True):
+            counts[*key.tolist()] += int(n)
+        left, before = left - lengths[pieces], last[pieces]
+    assert (left == 0).all()
+    assert {left for left, _, _ in counts} == {1, 2, 3, 4, 5}
+    for left, before in {(left, before) for left, before, _ in counts}:
+        seen = {PIECES[i]: n for (*where, i), n in counts.items() if where == [left, before]}
+        probability = distributions([*STYLES][style], left, chr(before) if before else "")
+        assert set(seen) <= set(probability)
+        if (total := sum(seen.values())) >= 1000:  # small counts are not normal
+            expected = total * np.array([*probability.values()])
+            assert within_sampling_error([seen.get(piece, 0) for piece in probability], expected)
+    for left in (3, 4, 5):  # motifs, and how many there are, do not depend on the letter before
+        seen = Counter({PIECES[i]: 0 for i in range(16, len(PIECES) - 1)})
+        for (where, _, i), n in counts.items():
+            if where == left:
+                seen[PIECES[i] if i >= 16 else "a letter"] += n
+        probability = {
+            text: p for text, p in distributions([*STYLES][style], left, "").items() if len(text) > 1
+        }
+        probability["a letter"] = 0.7
+        expected = seen.total() * np.array([probability.get(text, 0) for text in seen])
+        assert within_sampling_error([*seen.values()], expected)
 
 
 def test_flips_are_rare_and_turn_to_every_other_letter():

@@ -58,5 +58,7 @@ def test_a_broken_package_is_named_to_those_who_ask_for_it_alone(site, tmp_path)
     assert line.startswith("error: data = 'copy': data module 'copy' of the installed package 'copy-data': ")
     assert line.endswith("RuntimeError: out of order")
     done = train(broken, tmp_path, "data=cpy", code=2)
-    assert done.stderr.startswith("error: data = 'cpy': no such data module; did you mean 'copy'? valid: copy, ")
+    assert done.stderr.startswith(
+        "error: data = 'cpy': no such data module; did you mean 'copy'? valid: copy, "
+    )
     train(broken, tmp_path, "data=text", "--print-config")
