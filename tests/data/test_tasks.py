@@ -13,7 +13,7 @@ from mixerlab.data.tasks.task import Task
 from mixerlab.options import ConfigError
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "symbol_soup": {"min_tokens": 30, "max_tokens": 60},
+    "symbol_soup": {"min_tokens": 30, "max_tokens": 200},
     "symbol_soup, letters": {"tokenization": "letters", "min_tokens": 30, "max_tokens": 60},
     "mqar": {},
     "mqar, random": {"random_non_queries": True, "vocab_size": 32, "test_pairs": [1, 8]},

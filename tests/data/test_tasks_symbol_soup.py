@@ -155,16 +155,16 @@ def test_pieces_have_their_probabilities(style):
             expected = total * np.array([*probability.values()])
             assert within_sampling_error([seen.get(piece, 0) for piece in probability], expected)
     for left in (3, 4, 5):  # motifs, and how many there are, do not depend on the letter before
-        seen = Counter({PIECES[i]: 0 for i in range(16, len(PIECES) - 1)})
+        tally = Counter({PIECES[i]: 0 for i in range(16, len(PIECES) - 1)})
         for (where, _, i), n in counts.items():
             if where == left:
-                seen[PIECES[i] if i >= 16 else "a letter"] += n
+                tally[PIECES[i] if i >= 16 else "a letter"] += n
         probability = {
             text: p for text, p in distributions([*STYLES][style], left, "").items() if len(text) > 1
         }
         probability["a letter"] = 0.7
-        expected = seen.total() * np.array([probability.get(text, 0) for text in seen])
-        assert within_sampling_error([*seen.values()], expected)
+        expected = tally.total() * np.array([probability.get(text, 0) for text in tally])
+        assert within_sampling_error([*tally.values()], expected)
 
 
 def test_flips_are_rare_and_turn_to_every_other_letter():
