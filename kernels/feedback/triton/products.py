@@ -25,8 +25,8 @@ NOTHING = tl.constexpr(-1e6)
 @triton.jit(do_not_specialize=["lo", "first_column", "T", "L", "height", "n_tiles"])
 def weights_kernel(
     q, k, first, length, weights, tops, sums, top, total,
-    scale, lo, first_column, T, L, height, n_tiles, q_b, q_h, q_t, k_b, k_h, k_t, H,
-    K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    scale, lo, first_column, T, L, height, n_tiles, q_b, q_h, k_b, k_h, H,
+    q_t: tl.constexpr, k_t: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
     QUANTUM: tl.constexpr, MOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """2^(logit - reference), the scale giving logits as powers of 2.
@@ -77,8 +77,8 @@ def weights_kernel(
 )
 def product_kernel(
     weights, x, out, first, last, totals,
-    factor, begin, end, fresh, lo, first_column, T, height, n_tiles, n_out, out_rows, splits, x_b, x_h, x_t, H,
-    W: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
+    factor, begin, end, fresh, lo, first_column, T, height, n_tiles, n_out, out_rows, splits, x_b, x_h, H,
+    x_t: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
     TRANSPOSED: tl.constexpr, DIAGONAL: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[i] = factor * sum of weights[i, j] x[j], or of weights[j, i] x[j] if TRANSPOSED, for i < n_out.
