@@ -147,20 +147,20 @@ def test_pieces_have_their_probabilities(style):
         left, before = left - lengths[pieces], last[pieces]
     assert (left == 0).all()
     assert {left for left, _, _ in counts} == {1, 2, 3, 4, 5}
-    for left, before in {(left, before) for left, before, _ in counts}:
-        seen = {PIECES[i]: n for (*where, i), n in counts.items() if where == [left, before]}
-        probability = distributions([*STYLES][style], left, chr(before) if before else "")
+    for letters, before in {(letters, before) for letters, before, _ in counts}:
+        seen = {PIECES[i]: n for (*where, i), n in counts.items() if where == [letters, before]}
+        probability = distributions([*STYLES][style], letters, chr(before) if before else "")
         assert set(seen) <= set(probability)
         if (total := sum(seen.values())) >= 1000:  # small counts are not normal
             expected = total * np.array([*probability.values()])
             assert within_sampling_error([seen.get(piece, 0) for piece in probability], expected)
-    for left in (3, 4, 5):  # motifs, and how many there are, do not depend on the letter before
+    for remaining in (3, 4, 5):  # motifs, and how many there are, do not depend on the letter before
         tally = Counter({PIECES[i]: 0 for i in range(16, len(PIECES) - 1)})
         for (where, _, i), n in counts.items():
-            if where == left:
+            if where == remaining:
                 tally[PIECES[i] if i >= 16 else "a letter"] += n
         probability = {
-            text: p for text, p in distributions([*STYLES][style], left, "").items() if len(text) > 1
+            text: p for text, p in distributions([*STYLES][style], remaining, "").items() if len(text) > 1
         }
         probability["a letter"] = 0.7
         expected = tally.total() * np.array([probability.get(text, 0) for text in tally])

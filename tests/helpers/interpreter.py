@@ -1,7 +1,7 @@
 """Mends of Triton's interpreter, so that its numbers are a GPU's; to be imported only where TRITON_INTERPRET is 1.
 
-Unmended it rounds to bfloat16 towards 0, multiplies the bits of two bfloat16 numbers as if they were integers, and
-multiplies float32 numbers exactly where a tensor core (sm_80, sm_90) reads them as TF32.
+Unmended it rounds to bfloat16 towards 0, multiplies the bits of two bfloat16 numbers as if they were integers,
+multiplies float32 numbers exactly where a tensor core (sm_80, sm_90) reads them as TF32, and has exact exponentials.
 """
 
 import numpy as np
@@ -16,6 +16,10 @@ interpreted_cast, interpreted_dot = InterpreterBuilder.cast_impl, InterpreterBui
 def mend() -> None:
     """For the rest of the process."""
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
+    InterpreterBuilder.create_exp2 = exp2
+    InterpreterBuilder.create_exp = lambda self, x: exp2(
+        self, TensorHandle(x.data * np.float32(1.4426950408889634), x.dtype.scalar)
+    )
 
 
 def cast(self, x, dtype):
@@ -40,3 +44,10 @@ def truncate_to_tf32(x):
     """Without its low 13 bits, which a tensor core does not read: it does not round them."""
     bits = np.ascontiguousarray(x.data).view(np.uint32) & np.uint32(0xFFFFE000)
     return TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def exp2(self, x):
+    """As ex2.approx may err: by 2^-22, either way, but not at 0 and -inf."""
+    wrong = np.where(x.data.view(np.uint32) & 1, 1 + 2.0**-22, 1 - 2.0**-22)
+    exact = np.exp2(x.data.astype(np.float64))
+    return TensorHandle((exact * np.where(x.data == 0, 1, wrong)).astype(np.float32), x.dtype.scalar)

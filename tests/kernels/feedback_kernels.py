@@ -8,54 +8,23 @@ import os
 import statistics
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
 from differentiable import func_grad, func_jacrev, func_vjp, func_vmap, func_vmap_of_grad
 from mixerlab.kernels.feedback import feedback_attention
-from mixerlab.kernels.feedback.triton import functions, tiles
+from mixerlab.kernels.feedback.triton import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SMALL = tiles.Tiles(tile=32, step=16, block=16, slice=16)
 
-if (
-    INTERPRETED
-):  # it rounds to bfloat16 towards 0, and multiplies the bits of two bfloat16 numbers as integers
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+if INTERPRETED:
+    import interpreter
 
-    interpreted_cast, interpreted_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def cast(self, x, dtype):
-        pair = (x.dtype.scalar, dtype.scalar)
-        if pair == (tl.float32, tl.bfloat16):
-            data = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.int16)
-            return TensorHandle(data.numpy().view(np.uint16), tl.bfloat16)
-        if pair == (tl.bfloat16, tl.float32):
-            return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-        return interpreted_cast(self, x, dtype)
-
-    def dot(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = cast(self, a, tl.float32), cast(self, b, tl.float32)
-        return interpreted_dot(self, a, b, *rest)
-
-    def exp2(self, x):
-        """As ex2.approx may err: by 2^-22, either way, but not at 0 and -inf."""
-        wrong = np.where(x.data.view(np.uint32) & 1, 1 + 2.0**-22, 1 - 2.0**-22)
-        exact = np.exp2(x.data.astype(np.float64))
-        return TensorHandle((exact * np.where(x.data == 0, 1, wrong)).astype(np.float32), x.dtype.scalar)
-
-    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
-    InterpreterBuilder.create_exp2 = exp2
-    InterpreterBuilder.create_exp = lambda self, x: exp2(
-        self, TensorHandle(x.data * np.float32(1.4426950408889634), x.dtype.scalar)
-    )
+    interpreter.mend()
 
 
 @pytest.fixture(autouse=True)
@@ -345,24 +314,6 @@ def test_inputs_that_the_kernels_cannot_take_are_refused_with_the_reason():
     x, gamma = q[:1, :1, :1, :1].expand(1, 1, 2**21, 1024), gamma[:1, :1, :1].expand(1, 1, 2**21)
     with pytest.raises(ValueError, match="2097152 positions are 1024 wide"):
         feedback_attention(x, x, x, gamma, backend="triton")
-
-
-def test_rounding_to_tf32_is_half_up_and_keeps_what_is_not_finite():
-    numbers = [1.0, 1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -(1 + 2**-11), 3.4028235e38, torch.inf, -torch.inf]
-    expected = [1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -(1 + 2**-10), torch.inf, torch.inf, -torch.inf]
-    patterns = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32)  # of NaN
-    x = torch.cat([torch.tensor(numbers), patterns.view(FP32)]).to(DEVICE)
-    y = torch.empty_like(x)
-    rounding_kernel[(1,)](x, y, len(x), N=16)
-    assert y[:8].tolist() == expected
-    assert y[8:].isnan().all()
-
-
-@triton.jit
-def rounding_kernel(x, y, count, N: tl.constexpr):
-    i = tl.arange(0, N)
-    numbers = tl.load(x + i, mask=i < count, other=0.0)
-    tl.store(y + i, functions.rounded(numbers, "tf32"), mask=i < count)
 
 
 # ---- autograd, torch.func, torch.compile ----

@@ -110,11 +110,9 @@ def feedback_forward(
         q=q, k=k, f=f, gamma=gamma, s=s, attended=attended, inverse=inverse, first=first, last=None, length=length,
         weights=weights, tops=tops, sums=sums, top=top, total=total, means=means, scale=scale / log(2), first_column=0,
         T=T, L=L, H=H, K=K, P=P, R=R, TILE=TILE, M=M, SLICE=tiles.slice, height=R, n_tiles=n_tiles,
-        DIAGONAL=False, PRECISION=tiling.product_precision(f.dtype), **tiling.exponents(f.dtype),
+        DIAGONAL=False, **tiling.exponents(f.dtype),
         **strides("q", q), **strides("k", k),
     )  # fmt: skip
-    # Of 16-bit inputs the roundings are larger than TF32's; of float32 inputs the blocks are too small to matter.
-    inverse_precision = "ieee" if f.dtype == torch.float32 else "tf32"
     with torch.cuda.device_of(q):
         for lo in range(0, T, R):
             rows, before = min(R, T - lo), L + lo
@@ -122,7 +120,7 @@ def feedback_forward(
             row_tiles, column_tiles = cdiv(rows, TILE), cdiv(before + rows, TILE)
             panel = run.having(lo=lo, splits=splits)
             panel(weights_kernel, column_tiles, row_tiles, N, STEP=tiles.inner_step(K))
-            panel(inverse_kernel, cdiv(rows, M), N, warps=4, PRECISION=inverse_precision)
+            panel(inverse_kernel, cdiv(rows, M), N, warps=4)
             if before:
                 _product(panel, s, means, rows=rows, end=before, splits=splits, totals=total)
             panel(solve_kernel, cdiv(P, tiles.slice), N, warps=4)
@@ -173,7 +171,7 @@ def feedback_backward(
         scale=scale / log(2), weights=weights, tops=None, sums=None, top=top, total=total, rhs=parts, first=first,
         last=last, length=length, dgamma_parts=dgamma_parts, correction_parts=correction_parts, SLICES=n_slices,
         SLICE=tiles.slice, T=T, L=L, H=H, K=K, P=P, R=R, TILE=TILE, M=M, height=weights.shape[1], n_tiles=R // TILE,
-        PRECISION=tiling.product_precision(s.dtype), **tiling.exponents(s.dtype),
+        **tiling.exponents(s.dtype),
         **strides("q", q), **strides("k", k),
     )  # fmt: skip
 

@@ -8,7 +8,6 @@ from mixerlab.kernels.feedback.triton.functions import (
     inner_products,
     norm,
     panel_tile,
-    rounded,
     summed_features,
     unit,
 )
@@ -19,7 +18,6 @@ def transposed_solve_kernel(
     weights, ds, rhs, gamma, total, inverse, attended, g, scaled_g, dgamma_parts, correction_parts,
     lo, T, L, height, n_tiles, splits,
     P: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, SLICE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, M)
@@ -46,14 +44,14 @@ def transposed_solve_kernel(
             w = tl.load(panel + below[:, None] * width + local[None, :])
             after = scaled_g + (n * T + lo) * P + below[:, None] * P + p[None, :]
             y = tl.load(after, mask=later & some, other=0.0)
-            v += dot(tl.trans(w), y, None, PRECISION)
+            v += dot(tl.trans(w), y, None)
         x = tl.load(inverse + n * padded * M + rows[:, None] * M + i[None, :])
-        v += dot(tl.trans(x), v.to(x.dtype), None, PRECISION)
+        v += dot(tl.trans(x), v.to(x.dtype), None)
         tl.store(g + (n * (L + T) + L) * P + rows[:, None] * P + p[None, :], v.to(x.dtype), mask=here)
         row_total = tl.load(total + n * T + rows, mask=inside, other=0.0)
         # What the panel's weights leave of alpha, a factor of 1/2 to 1, is put here: so they are not rounded again.
         gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0) * norm(row_total * unit(row_total))
-        scaled = rounded(gain[:, None] * v, PRECISION).to(x.dtype)
+        scaled = (gain[:, None] * v).to(x.dtype)
         tl.store(scaled_g + own, scaled, mask=here)
         a = tl.load(attended + own, mask=here, other=0.0)
         at = (tl.program_id(0) * tl.num_programs(1) + n) * T + rows
@@ -66,7 +64,7 @@ def transposed_solve_kernel(
 @triton.jit(do_not_specialize=["lo", "first_column", "T", "L", "height", "n_tiles"])
 def dlogits_kernel(
     scaled_g, s, first, length, correction_parts, weights, lo, first_column, T, L, height, n_tiles, H,
-    P: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
     b = n // H
@@ -82,9 +80,7 @@ def dlogits_kernel(
     gradients = scaled_g + n * T * P + rows[:, None] * P
     values = s + n * (L + T) * P + columns[None, :] * P
     inside = rows < T
-    products = inner_products(
-        gradients, values, inside[:, None], (columns < L + T)[None, :], summed, P, STEP, PRECISION
-    )
+    products = inner_products(gradients, values, inside[:, None], (columns < L + T)[None, :], summed, P, STEP)
     correction = tl.zeros((TILE,), tl.float32)
     for part in range(SLICES):
         at = correction_parts + (part * tl.num_programs(2) + n) * T + rows

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mixerlab.kernels.feedback.triton.functions import dot, norm
+from mixerlab.kernels.feedback.triton.functions import dot, halves, norm
 from mixerlab.kernels.feedback.triton.products import NOTHING
 
 LANES = tl.constexpr(32)
@@ -13,7 +13,7 @@ LANES = tl.constexpr(32)
 @triton.jit(do_not_specialize=["lo", "T", "L", "n_tiles"])
 def inverse_kernel(
     weights, tops, sums, gamma, first, top, total, inverse, lo, T, L, n_tiles, H,
-    R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, M)
@@ -54,20 +54,26 @@ def inverse_kernel(
                 tl.store(at, w.to(weights.dtype.element_ty))
         tl.debug_barrier()  # what other threads stored is read below
 
-    # Factors stay out of the product: weights of 16 bits are TF32's numbers, and need no rounding.
     factor = (tl.load(gamma + n * T + rows, mask=inside, other=0.0) * norm(row_total))[:, None]
     columns = tl.multiple_of(L + lo, M) + tl.program_id(0) * M + i
-    w = tl.load(own_rows + columns[None, :]).to(tl.float32)
+    w = tl.load(own_rows + columns[None, :])
 
-    # The inverse of blocks twice as large: [[A, 0], [-C, D]]^-1 = [[A^-1, 0], [D^-1 C A^-1, D^-1]].
+    # The inverse of blocks twice as large: [[A, 0], [-C, D]]^-1 = [[A^-1, 0], [D^-1 C A^-1, D^-1]]. Of 16-bit weights
+    # all products are of 16 bits: the factors of rows stay outside, and what is float32 is multiplied in two parts.
     difference = (
         i[:, None] ^ i[None, :]
     )  # its highest bit is the size of the blocks that row and column are in
     x = tl.where(i[:, None] == i[None, :], 1.0, tl.where(difference == 1, w * factor, 0.0))
     size = 2
     while size < M:
-        off = tl.where((difference >= size) & (difference < 2 * size), w, 0.0)
-        x += dot(x, factor * dot(off, x, None, PRECISION), None, PRECISION)
+        off = tl.where((difference >= size) & (difference < 2 * size), w, 0.0).to(w.dtype)
+        if w.dtype == tl.float32:
+            x += dot(x, factor * dot(off, x, None), None)
+        else:
+            x_high, x_low = halves(x, w.dtype)
+            y = factor * dot(off, x_high, dot(off, x_low, None))
+            y_high, y_low = halves(y, w.dtype)
+            x = dot(x_high, y_high, dot(x_low, y_high, dot(x_high, y_low, x)))
         size *= 2
     x = tl.where(i[:, None] > i[None, :], x, 0.0)
     padded = (T + M - 1) // M * M
@@ -78,7 +84,6 @@ def inverse_kernel(
 def solve_kernel(
     weights, f, gamma, first, total, inverse, means, s, attended, lo, T, L, n_tiles, splits, H,
     P: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, SLICE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, M)
@@ -107,17 +112,17 @@ def solve_kernel(
         for j in range(begin, block):
             w = tl.load(own_rows + (j * M + i)[None, :])
             y = tl.load(solution + (j * M + i)[:, None] * P + p[None, :], mask=some, other=0.0)
-            sums = dot(w, y, sums, PRECISION)
+            sums = dot(w, y, sums)
         u += divided * sums
 
         own = n * T * P + rows[:, None] * P + p[None, :]
         gain = tl.load(gamma + n * T + rows, mask=inside, other=0.0)
         rhs = tl.load(f + own, mask=here, other=0.0).to(tl.float32) + gain[:, None] * u
         x = tl.load(inverse + n * padded * M + rows[:, None] * M + i[None, :])
-        solved = (rhs + dot(x, rhs.to(x.dtype), None, PRECISION)).to(x.dtype)
+        solved = (rhs + dot(x, rhs.to(x.dtype), None)).to(x.dtype)
         tl.store(solution + local[:, None] * P + p[None, :], solved, mask=here)
 
         w = tl.load(own_rows + local[None, :])
-        u += divided * dot(w, solved, None, PRECISION)
+        u += divided * dot(w, solved, None)
         tl.store(attended + own, u, mask=here)
         tl.debug_barrier()  # the next block reads what other threads stored

@@ -33,16 +33,14 @@ def summed_features(width, row, column, first, length, b, T, L, TILE: tl.constex
 
 
 @triton.jit
-def inner_products(
-    x, y, x_inside, y_inside, summed, W: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr
-):
+def inner_products(x, y, x_inside, y_inside, summed, W: tl.constexpr, STEP: tl.constexpr):
     """(TILE, TILE): of the rows that begin at x (TILE, 1) and at y (1, TILE), over `summed` of the W features."""
     products = tl.zeros((x.shape[0], y.shape[1]), tl.float32)
     for at in range(0, summed, STEP):
         p = at + tl.arange(0, STEP)
         a = tl.load(x + p[None, :], mask=x_inside & (p < W)[None, :], other=0.0)
         b = tl.load(y + p[:, None], mask=y_inside & (p < W)[:, None], other=0.0)
-        products = dot(a, b, products, PRECISION)
+        products = dot(a, b, products)
     return products
 
 
@@ -56,19 +54,16 @@ def panel_tile(weights, n, height, n_tiles, TILE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, sums, PRECISION: tl.constexpr):
-    """a b, added to `sums` if that is not None."""
-    return tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), sums, input_precision=PRECISION)
+def dot(a, b, sums):
+    """a b, added to `sums` if that is not None. Never in TF32: tensor cores drop bits of it, and errors add up."""
+    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit
-def rounded(x, PRECISION: tl.constexpr):
-    """Half up to TF32 where float32 is multiplied as that: tensor cores drop the low 13 bits, and errors add up."""
-    if PRECISION == "tf32" and x.dtype == tl.float32:
-        bits = x.to(tl.int32, bitcast=True) + 0x1000
-        # Of infinity the sum stays infinity; of a NaN it may carry into the sign.
-        x = tl.where(x == x, (bits & -0x2000).to(tl.float32, bitcast=True), x)
-    return x
+def halves(x, dtype: tl.constexpr):
+    """float32 x as the sum of two numbers of `dtype`."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -11,7 +11,6 @@ from mixerlab.kernels.feedback.triton.functions import (
     inner_products,
     norm,
     panel_tile,
-    rounded,
     summed_features,
     unit,
     visible,
@@ -27,7 +26,7 @@ def weights_kernel(
     q, k, first, length, weights, tops, sums, top, total,
     scale, lo, first_column, T, L, height, n_tiles, q_b, q_h, k_b, k_h, H,
     q_t: tl.constexpr, k_t: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    QUANTUM: tl.constexpr, MOST: tl.constexpr, PRECISION: tl.constexpr,
+    QUANTUM: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """2^(logit - reference), the scale giving logits as powers of 2.
 
@@ -46,7 +45,7 @@ def weights_kernel(
     queries = q + b * q_b + h * q_h + rows[:, None] * q_t
     keys = k + b * k_b + h * k_h + columns[None, :] * k_t
     key_inside = (columns < L + T)[None, :]
-    products = inner_products(queries, keys, inside[:, None], key_inside, summed, K, STEP, PRECISION)
+    products = inner_products(queries, keys, inside[:, None], key_inside, summed, K, STEP)
     seen = visible(row, column, first, length, b, T, L, TILE)
     # The choice keeps product and difference apart: fused, they would round otherwise in one pass than in the other.
     logits = tl.where(seen, scale * products, float("-inf"))
@@ -60,7 +59,7 @@ def weights_kernel(
     w = tl.exp((logits - reference[:, None]) * LN_2)
     if tops is None:
         w *= unit(tl.load(total + n * T + rows, mask=inside, other=0.0))[:, None]
-    w = rounded(w, PRECISION).to(weights.dtype.element_ty)
+    w = w.to(weights.dtype.element_ty)
     if tops is not None:
         at = (n * n_tiles + tl.program_id(0)) * height + rows - lo
         tl.store(tops + at, reference)
@@ -79,7 +78,7 @@ def product_kernel(
     weights, x, out, first, last, totals,
     factor, begin, end, fresh, lo, first_column, T, height, n_tiles, n_out, out_rows, splits, x_b, x_h, H,
     x_t: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
-    TRANSPOSED: tl.constexpr, DIAGONAL: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, DIAGONAL: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """out[i] = factor * sum of weights[i, j] x[j], or of weights[j, i] x[j] if TRANSPOSED, for i < n_out.
 
@@ -130,7 +129,7 @@ def product_kernel(
             w = tl.trans(tl.load(panel + j[:, None] * width + i[None, :]))
         else:
             w = tl.load(panel + i[:, None] * width + j[None, :])
-        products = dot(w, y, products, PRECISION)
+        products = dot(w, y, products)
     if totals is not None:
         products *= norm(tl.load(totals + n * T + lo + i, mask=lo + i < T, other=0.0))[:, None]
     tl.store(own, (products * factor).to(out.dtype.element_ty), mask=here)

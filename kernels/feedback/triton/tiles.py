@@ -69,12 +69,6 @@ def exponents(dtype: torch.dtype) -> dict[str, int]:
     return {"QUANTUM": 14, "MOST": 15} if dtype == torch.float16 else {"QUANTUM": 64, "MOST": 32}
 
 
-def product_precision(dtype: torch.dtype) -> str:
-    """Of float32 operands: what torch allows itself."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and dtype == torch.float32 else "ieee"
-
-
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
