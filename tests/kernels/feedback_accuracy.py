@@ -21,7 +21,7 @@ from mixerlab.kernels.feedback import feedback_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16 = torch.bfloat16, torch.float16
 NAMES = ["s", "dq", "dk", "df", "dgamma"]
 
 if INTERPRETED:
@@ -125,7 +125,6 @@ def cases():
         yield pytest.param(routing, 0.999, 1024, BF16, marks=pytest.mark.slow)
         for gain in (0.999, -0.999):
             yield pytest.param(routing, gain, 512, FP16, marks=pytest.mark.slow)
-            yield pytest.param(routing, gain, 256, FP32, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("routing", "gain", "T", "dtype"), list(cases()))
@@ -145,7 +144,8 @@ def test_the_interpreter_cuts_operands_of_tf32_as_a_tensor_core_does():
         y = torch.empty(16, 16)
         square_kernel[(1,)](x, y, PRECISION=precision)
         products[precision] = float(y[0, 0])
-    assert products == {"ieee": 16 * (1 + 2**-10 + 2**-11) ** 2, "tf32": 16 * (1 + 2**-10) ** 2}
+    expected = {"ieee": 16 * (1 + 2**-10 + 2**-11) ** 2, "tf32": 16 * (1 + 2**-10) ** 2}
+    assert products == pytest.approx(expected, rel=1e-6)
 
 
 @triton.jit
