@@ -148,6 +148,19 @@ def test_launches_and_bytes_are_those_of_the_documentation(T, launches, tmp_path
     assert traffic(launches, T, tmp_path) in rows
 
 
+def test_shares_of_a_sum_are_rounded_once():
+    pytest.importorskip("triton")
+    from mixerlab.kernels.feedback.triton import _add_up
+
+    def product(x, out, splits):
+        for share, value in zip(out, (1 + 2**-9, -1.0), strict=True):
+            share.fill_(value)
+
+    out = torch.empty(1, 1, 4, 8, dtype=torch.bfloat16)
+    _add_up(product, torch.empty(2 * out.numel()), 2, out, out)
+    assert (out == 2**-9).all()
+
+
 def test_views_into_one_projection_are_read_in_place(launches):
     projection = torch.zeros(2, 300, 2, 3, 16, dtype=torch.bfloat16, requires_grad=True)  # (B, T, 2, H, K)
     q, k = (x.transpose(1, 2) for x in projection.unbind(2))

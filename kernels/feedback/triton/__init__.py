@@ -241,4 +241,4 @@ def _add_up(product: Any, parts: Tensor, splits: int, x: Tensor, out: Tensor, **
     else:
         shares = parts[: splits * out.numel()].view(splits, *out.shape)
         product(x, shares, splits=splits, **options)
-        torch.sum(shares, 0, out=out)
+        out.copy_(shares.sum(0))  # of `sum` with out= the shares would be rounded first
