@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 PAUSE = 0.5
 """Seconds between two looks at the work."""
-LEAST_CPU, LEAST_BYTES = 0.1, 1 << 18
+LEAST_CPU, LEAST_BYTES = 0.1, 1 << 14
 """Of a second: CPU seconds, and bytes read and written. Less is waiting, or the drawing of a progress bar."""
 
 
@@ -38,28 +38,32 @@ def in_background(work: Callable[[threading.Event], T], while_moving: Callable[[
 
     # The end of the program does not wait for a daemon.
     threading.Thread(target=run, name="mixerlab-data", daemon=True).start()
+    me = psutil.Process()
     try:
-        looked, cpu, moved = time.monotonic(), *_done()
+        looked, own, others = time.monotonic(), _done([me]), _done(me.children(recursive=True))
         while not wait([future], timeout=PAUSE).done:
-            before = looked, cpu, moved
-            looked, cpu, moved = time.monotonic(), *_done()
-            seconds = looked - before[0]
-            if cpu - before[1] > LEAST_CPU * seconds or moved - before[2] > LEAST_BYTES * seconds:
+            seconds, own_before, others_before = time.monotonic() - looked, own, others
+            own, others = _done([me]), _done(me.children(recursive=True))
+            if _is_much(own_before, own, seconds) or _is_much(others_before, others, seconds):
                 while_moving()
+            looked, own = time.monotonic(), _done([me])  # what it reads to look for children is no work
         return future.result()
     finally:
         nobody_waits.set()
 
 
-def _done() -> tuple[float, int]:
-    """CPU seconds, and bytes read and written, of this process and those that it started and that still run."""
+def _done(processes: list[psutil.Process]) -> tuple[float, int]:
+    """CPU seconds, and bytes read and written, of those that still run."""
     cpu, moved = 0.0, 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        with suppress(psutil.Error):  # one that has just ended
+    for process in processes:
+        with suppress(psutil.Error, RuntimeError):  # one that has just ended
             times = process.cpu_times()
             cpu += times.user + times.system
             if hasattr(process, "io_counters"):  # not on macOS
                 counted = process.io_counters()
                 moved += counted.read_chars + counted.write_chars
     return cpu, moved
+
+
+def _is_much(before: tuple[float, int], now: tuple[float, int], seconds: float) -> bool:
+    return now[0] - before[0] > LEAST_CPU * seconds or now[1] - before[1] > LEAST_BYTES * seconds

@@ -93,10 +93,11 @@ def _locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
 
 
 def _progress(folder: Path) -> object:
-    """Of the process that fills the folder: differs from an earlier one where something was written since."""
+    """Of the process that fills the folder: differs from an earlier one where it was written to, or touched, since."""
     files = []
+    temporary = _temporary(folder)
     with suppress(OSError):  # it is being renamed, or cleared away
-        for path in sorted(_temporary(folder).rglob("*")):
+        for path in [temporary, *sorted(temporary.rglob("*"))]:
             found = path.stat()
             files.append((path.name, found.st_size, found.st_mtime_ns))
     return files

@@ -38,7 +38,7 @@ def worth_learning(pieces: Iterable[str]) -> Iterator[str]:
     """The pieces to train a tokenizer on: all, but of long ones without a space only the first LEARNED bytes."""
     left = LEARNED
     for piece in pieces:
-        if len(piece) >= PIECE and len(piece.split(maxsplit=1)) == 1:
+        if len(piece) >= PIECE // 16 and len(piece.split(maxsplit=1)) == 1:
             if left <= 0:
                 continue
             left -= len(piece.encode())

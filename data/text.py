@@ -347,7 +347,7 @@ class TextData(DataModule):
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            tokenizer = self._new_tokenizer(progress)
+            tokenizer = self._new_tokenizer(folder, progress)
             tokenizer.save(folder)
             with Writer(folder / "train", tokenizer) as train, Writer(folder / "valid", tokenizer) as valid:
                 self._tokenise(tokenizer, {"train": train, "valid": valid}, progress)
@@ -359,7 +359,7 @@ class TextData(DataModule):
                 "out to validate on; name some in data.valid_files or data.valid_split, or raise the fraction"
             )
 
-    def _new_tokenizer(self, progress: Progress) -> TextTokenizer:
+    def _new_tokenizer(self, folder: Path, progress: Progress) -> TextTokenizer:
         if self.config.tokenizer == "bytes":
             return ByteTokenizer()
         if self.config.tokenizer == "file":
@@ -368,11 +368,16 @@ class TextData(DataModule):
         training = (document for split, document in self._documents(progress, task) if split == "train")
         some = islice(training, self.config.bpe_documents)
         pieces = worth_learning(piece for document in some for piece in cut(document.text))
+
+        def tell() -> None:
+            self.report("training the tokenizer")
+            os.utime(folder)  # for processes that wait for the cache
+
         tokenizer = in_background(
             lambda nobody_waits: train_bpe(
                 takewhile(lambda _: not nobody_waits.is_set(), pieces), self.config.vocab_size
             ),
-            lambda: self.report("training the tokenizer"),
+            tell,
         )
         progress.update(task, completed=progress.tasks[task].total)
         return tokenizer
@@ -430,10 +435,10 @@ class TextData(DataModule):
         first_two = list(islice(documents, 2))
         if len(first_two) == 1:
             text, key, weight = first_two[0]
-            cut = int(len(text) * (1 - fraction))
-            cut = text.find("\n", cut, -1) + 1 or cut
-            yield "train", Document(text[:cut], key, weight)
-            yield "valid", Document(text[cut:], key, 0)
+            end = int(len(text) * (1 - fraction))
+            end = text.find("\n", end, -1) + 1 or end
+            yield "train", Document(text[:end], key, weight)
+            yield "valid", Document(text[end:], key, 0)
             return
         for document in chain(first_two, documents):
             u = int.from_bytes(hashlib.blake2b(document.key.encode(), digest_size=8).digest()) / 2**64

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +58,17 @@ class DeltaFormer(Attention):
             logits = F.linear(x.to(dtype), self.beta_proj.weight.to(dtype), self.beta_proj.bias.to(dtype))
         return logits.sigmoid().transpose(1, 2)
 
+    def _corrected(self, x: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """u (B, G, T, K)."""
+        w = k.view_as(k)  # a view: torch.compile refuses the same tensor twice
+        return feedback_attention(w, k, v, -self._beta(x), backend=self.backend, **options)
+
     def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         if segment_ids is not None:
             positions = segment_positions(segment_ids)  # (B, T)
         q, k, v = self._project(x, positions)  # (B, H, T, K), (B, G, T, K) twice
-        w, gamma = k.view_as(k), -self._beta(x)  # a view: torch.compile refuses the same tensor twice
-        u = feedback_attention(w, k, v, gamma, segment_ids=segment_ids, backend=self.backend)
+        u = self._corrected(x, k, v, segment_ids=segment_ids)
         return self._merge(causal_attention(q, k, u, segment_ids))
 
     def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
@@ -73,9 +77,8 @@ class DeltaFormer(Attention):
         check_room(state.longest, new, state.max_len)
         positions = state.length[:, None] + torch.arange(new, device=x.device)  # (B, T)
         q, k, v = self._project(x, positions)
-        past = state.k[:, :, : state.longest].to(v.dtype), state.v[:, :, : state.longest].to(v.dtype)
-        w, gamma = k.view_as(k), -self._beta(x)
-        u = feedback_attention(w, k, v, gamma, past=past, past_length=state.length, backend=self.backend)
+        past = {"past": (state.k, state.v), "past_length": state.length, "past_longest": state.longest}
+        u = self._corrected(x, k, v, **past)
         after = state.advanced(new)
         if new > 1 and state.longest == 0:  # the whole past is in x: no mask over cached slots needed
             y = causal_attention(q, k, u)

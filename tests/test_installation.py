@@ -168,7 +168,7 @@ def test_train_py_offers_no_packages_but_mixerlab(tmp_path):
     assert first == "name: quickstart"
 
 
-OPTIONAL = {"mamba_ssm"}
+OPTIONAL = {"mamba_ssm", "fla"}
 """What is used where it is installed, and not asked for."""
 
 
@@ -184,7 +184,7 @@ def imported(*places):
                 for name in names:
                     found.setdefault(name.partition(".")[0], set()).add(str(path.relative_to(ROOT)))
     helpers = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
-    own = {"mixerlab", "benchmarks", "train"} | helpers
+    own = {"mixerlab", "benchmarks", "gpu", "train"} | helpers
     return {name: files for name, files in found.items() if name not in sys.stdlib_module_names | own}
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixerlab.kernels.attention.flex import attention_flex, why_not_flex
 from mixerlab.kernels.attention.reference import attention_reference, visible
-from mixerlab.kernels.backend import choose, why_not_cuda
+from mixerlab.kernels.backend import choose
 
 __all__ = ["causal_attention"]
 
@@ -40,7 +40,7 @@ def causal_attention(
         positions: those of queries (B, T) and of keys (B, S), int64; a key below 0 is none, and a query must see at
             least one. None: S = T, and both are 0 to T - 1.
         backend: "auto", "sdpa" (torch's scaled_dot_product_attention), "flex" (torch's flex_attention, on CUDA) or
-            "reference". By "auto" no T x T mask is made on CUDA where torch can do without.
+            "reference". By "auto" no T x T mask is made on CUDA where "flex" can take the input.
 
     Returns:
         (B, H, T, P) in the dtype of v.
@@ -52,13 +52,14 @@ def causal_attention(
         raise ValueError("segment_ids and positions exclude each other: positions are of one segment")
     masked = positions is not None or segment_ids is not None or selected is not None
     masked |= window is not None and window < q.shape[2]
-    large = masked and positions is None and why_not_cuda(q) is None
+    unfit = why_not_flex(q, k, v, positions)
+    by_flex = masked and unfit is None and backend == "auto"
     name = choose(
         "causal_attention",
         backend,
         {
-            "sdpa": lambda: "it would hold a T x T mask on the GPU" if large else None,
-            "flex": lambda: why_not_flex(q, v, positions),
+            "sdpa": lambda: "it would hold a T x T mask on the GPU, and flex does not" if by_flex else None,
+            "flex": lambda: unfit,
             "reference": lambda: None,
         },
     )

@@ -14,7 +14,7 @@ from mixerlab.kernels.backend import why_not_cuda
 BLOCK = 128
 
 
-def why_not_flex(q: Tensor, v: Tensor, positions: tuple[Tensor, Tensor] | None) -> str | None:
+def why_not_flex(q: Tensor, k: Tensor, v: Tensor, positions: tuple[Tensor, Tensor] | None) -> str | None:
     """None if the kernel can take the input, else the reason why not."""
     if reason := why_not_cuda(q):
         return reason
@@ -22,6 +22,8 @@ def why_not_flex(q: Tensor, v: Tensor, positions: tuple[Tensor, Tensor] | None) 
         return "queries and keys have positions of their own"
     if min(q.shape[3], v.shape[3]) < 16:
         return f"heads are {min(q.shape[3], v.shape[3])} wide, and the kernel takes widths from 16"
+    if q.dtype == torch.float64 or not q.dtype == k.dtype == v.dtype:
+        return f"dtypes are {q.dtype}, {k.dtype} and {v.dtype}, and the kernel takes one of at most 32 bits"
     return None
 
 

@@ -73,7 +73,7 @@ def _composed(
 
     lse = None
     if return_lse:
-        logits = (q @ k_past.mT).detach().to(accumulate) * scale  # (B, H, 1, L)
+        logits = (q.to(dtype) @ k_past.to(dtype).mT).detach().to(accumulate) * scale  # (B, H, 1, L)
         if visible is not None and nothing is not None:
             logits = logits.masked_fill(~visible | nothing, float("-inf"))
         lse = logits.logsumexp(-1)  # (B, H, 1)

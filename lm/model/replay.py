@@ -83,8 +83,11 @@ class ReplayedStep(FixedStep):
         return logits
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those that watch over NCCL, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.logits = super().run()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.ids.device)
+        try:
+            # Other threads, such as those that watch over NCCL, may call CUDA meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.logits = super().run()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
         self.graph = graph

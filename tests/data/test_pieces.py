@@ -56,7 +56,7 @@ def test_a_text_that_is_one_word_is_cut_alike_everywhere():
 
 
 def test_of_text_without_a_space_only_the_beginning_is_learned(monkeypatch):
-    monkeypatch.setattr("mixerlab.data.pieces.PIECE", 20)
+    monkeypatch.setattr("mixerlab.data.pieces.PIECE", 20 * 16)
     monkeypatch.setattr("mixerlab.data.pieces.LEARNED", 70)
     endless, ordinary, short = "é" * 20, "a few words that have spaces", "x" * 19
     pieces = [endless, ordinary, endless, short, endless, ordinary, short]

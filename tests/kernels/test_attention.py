@@ -177,7 +177,7 @@ def test_on_a_gpu_no_mask_of_all_positions_is_made(chosen):
     ids, at = torch.zeros(2, 300), (torch.zeros(2, 1), torch.zeros(2, 300))
     assert chosen() == chosen(window=300) == chosen(positions=at) == "sdpa"
     assert chosen(segment_ids=ids) == chosen(window=299) == chosen(selected=ids.bool()) == "flex"
-    assert chosen(segment_ids=ids, width=8) == "reference"
+    assert chosen(segment_ids=ids, width=8) == "sdpa"  # flex cannot take it
 
 
 def test_what_a_backend_cannot_take_is_said():

@@ -2,7 +2,7 @@
 
 Forward, over panels of R rows from the first to the last:
 
-    weights   exp(logit - reference) for the panel's rows and all columns that they see, in the inputs' dtype, and each
+    weights   2^(logit - reference) for the panel's rows and all columns that they see, in the inputs' dtype, and each
               tile's references (coarse maxima) and sums of rows in float32
     inverse   reference and sum of whole rows, weights brought to the row's reference where a tile's is another, and
               (I - W)^-1 - I for each M x M block on the diagonal

@@ -60,9 +60,8 @@ def inverse_kernel(
 
     # The inverse of blocks twice as large: [[A, 0], [-C, D]]^-1 = [[A^-1, 0], [D^-1 C A^-1, D^-1]]. Of 16-bit weights
     # all products are of 16 bits: the factors of rows stay outside, and what is float32 is multiplied in two parts.
-    difference = (
-        i[:, None] ^ i[None, :]
-    )  # its highest bit is the size of the blocks that row and column are in
+    # The highest bit of the difference is the size of the blocks that row and column are in.
+    difference = i[:, None] ^ i[None, :]
     x = tl.where(i[:, None] == i[None, :], 1.0, tl.where(difference == 1, w * factor, 0.0))
     size = 2
     while size < M:

@@ -1,6 +1,7 @@
 """Kernels of both passes: the weights of a panel, and their product with values, gradients, queries or keys.
 
-`weights` (N, height, n_tiles * TILE) holds rows of alpha from position `lo` and columns from `first_column`.
+`weights` (N, height, n_tiles * TILE) holds rows of alpha, but for a factor of each row, from position `lo` and columns
+from `first_column`.
 """
 
 import triton
@@ -17,7 +18,7 @@ from mixerlab.kernels.feedback.triton.functions import (
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
-NOTHING = tl.constexpr(-1e6)
+NOTHING = tl.constexpr(-1e30)
 """The largest logit, far below all others, of a row that sees nothing."""
 
 
