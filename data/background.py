@@ -40,7 +40,8 @@ def in_background(work: Callable[[threading.Event], T], while_moving: Callable[[
     threading.Thread(target=run, name="mixerlab-data", daemon=True).start()
     me = psutil.Process()
     try:
-        looked, own, others = time.monotonic(), _done([me]), _done(me.children(recursive=True))
+        others = _done(me.children(recursive=True))
+        looked, own = time.monotonic(), _done([me])
         while not wait([future], timeout=PAUSE).done:
             seconds, own_before, others_before = time.monotonic() - looked, own, others
             own, others = _done([me]), _done(me.children(recursive=True))

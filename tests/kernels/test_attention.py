@@ -137,10 +137,11 @@ def test_flex_equals_the_reference_with_all_gradients_on_a_gpu(window):
 
 
 class OnGpu:
-    """What the choice of a backend asks of q and v."""
+    """What the choice of a backend asks of q, k and v."""
 
     is_cuda = True
     device = torch.device("cuda", 0)
+    dtype = torch.bfloat16
 
     def __init__(self, *shape):
         self.shape = shape
