@@ -70,7 +70,9 @@ def layout(ranks, batch_size, accumulate=1):
 
 def assert_same_curves(run, other, tolerance=1e-5):
     for name in CURVES:
-        assert metric(run, name) == pytest.approx(metric(other, name), abs=tolerance), name
+        # A gradient's norm is of the size of 1, and carries the rounding of all that it was summed from.
+        allowed = 5 * tolerance if name == "train/gradient_norm" else tolerance
+        assert metric(run, name) == pytest.approx(metric(other, name), abs=allowed), name
 
 
 def plugin(folder, source):
