@@ -172,17 +172,6 @@ def test_without_a_gpu_the_benchmark_says_so_in_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_what_busy_cores_cost_is_printed():
-    sizes = ["--rounds", "1", "--length", "16", "--width", "8", "--seconds", "0", "--steps", "13"]
-    command = [sys.executable, "benchmarks/busy.py", *sizes]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    _, *tables = out.split("\n\n")
-    assert [table.partition(",")[0] for table in tables] == ["forward + backward", "the quickstart"]
-    for table in tables:
-        assert len(re.findall(r"(\d+\.\d+ +){2}\d+\.\d\dx", table)) == 4 * 2
-
-
-@pytest.mark.slow
 def test_what_saving_and_resuming_cost_is_printed():
     command = [sys.executable, "benchmarks/checkpoints.py", "--gigabytes", "0.02", "--rounds", "1"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
