@@ -42,20 +42,6 @@ def feedback_step(
     ):
         s, lse = step_fused(q, k_past, f, gamma, s_past, past_length, scale)
         return s, lse if return_lse else None
-    return _composed(q, k_past, f, gamma, s_past, past_length, scale, accumulate, return_lse)
-
-
-def _composed(
-    q: Tensor,
-    k_past: Tensor,
-    f: Tensor,
-    gamma: Tensor,
-    s_past: Tensor,
-    past_length: Tensor | None,
-    scale: float,
-    accumulate: torch.dtype,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
     gain = gamma.to(accumulate)[..., None]  # (B, H, 1, 1)
     visible = nothing = None
     if past_length is not None:
