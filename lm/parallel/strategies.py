@@ -65,7 +65,7 @@ class CheckpointFolders(Strategy):
         assert module is not None
 
         def load() -> None:
-            saved = {name: _piece(value, name, module) for name, value in checkpoint["state_dict"].items()}
+            saved = {name: piece(value, name, module) for name, value in checkpoint["state_dict"].items()}
             module.load_state_dict(saved, strict=strict)
 
         self._together(load)
@@ -153,7 +153,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
     optimizer.load_state_dict({**saved, "state": state})
 
 
-def _piece(value: Any, name: str, module: nn.Module) -> Any:
+def piece(value: Any, name: str, module: nn.Module) -> Any:
     try:
         return _like(value, module.get_parameter(name))
     except AttributeError:  # a buffer

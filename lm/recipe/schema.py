@@ -226,6 +226,11 @@ class Recipe:
     resume: str | None = option(
         None, "auto: continue the newest unfinished run of this name and recipe; or a run folder"
     )
+    init_from: str | None = option(
+        None,
+        "a run folder, or a checkpoint in one: a new run starts from its weights, as far as their names and shapes are "
+        "the model's, with a new optimiser and schedule",
+    )
     plugins: list[str] = option([], "modules to import first; they may register mixers and data modules")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: Choice = option("text", "a data module's name, or a mapping with `name` and options")

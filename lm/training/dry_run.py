@@ -19,6 +19,7 @@ from mixerlab.lm.recipe.check import for_devices
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.folder import new_path
 from mixerlab.lm.training.optim import build_optimizer
+from mixerlab.lm.training.weights import find_weights
 
 
 def dry_run(recipe: Recipe, console: Console, arguments: Sequence[str]) -> None:
@@ -33,6 +34,8 @@ def dry_run(recipe: Recipe, console: Console, arguments: Sequence[str]) -> None:
         batch = 1
     elif device_kind(recipe.strategy) == "gpu":
         device = "cuda"
+    if recipe.init_from is not None:
+        find_weights(recipe.init_from)
     data = build_data(recipe.data, recipe.seed)
     decoder = make_decoder(recipe, data.vocab_size).to(device)
     low = recipe.trainer.precision != "32"

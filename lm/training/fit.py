@@ -50,6 +50,7 @@ from mixerlab.lm.training.loggers import CSVMetrics, TensorBoard, compared
 from mixerlab.lm.training.module import LanguageModel
 from mixerlab.lm.training.prepare import find_start, prepare_data
 from mixerlab.lm.training.progress import StepProgress
+from mixerlab.lm.training.weights import find_weights, load_weights
 from mixerlab.options import ConfigError
 
 
@@ -114,6 +115,9 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
         if world.rank == 0:
             report(start.run, "", console)
         return start.run
+    weights = None
+    if recipe.init_from is not None and start.checkpoint is None:
+        weights = world.ask_main(lambda: str(find_weights(str(recipe.init_from))))
     data = prepare_data(recipe, world, device)
     steps = count_steps(recipe, len(data.train_dataset()), data.seq_len, world.size)
     if world.ask_main(lambda: start.finish(steps)):
@@ -124,6 +128,8 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
     # Made before anything is written: it may fail, and the run that goes on stays as it was.
     world.moved("making the model")
     decoder = make_decoder(recipe, data.vocab_size, make_mesh(recipe.strategy, world, device.type))
+    if weights is not None:
+        load_weights(Path(weights), decoder, data, world, say)
     run = Run(world.ask_main(lambda: str(start.open(recipe, data, steps, world.size, say).path)))
     if world.rank == 0:
         world.note_run(str(run.path.resolve()))

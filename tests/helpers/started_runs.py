@@ -86,7 +86,7 @@ PROBE = """
 import sys, torch
 from mixerlab.lm.parallel.launch import launch
 from mixerlab.lm.parallel.sharding import make_decoder, make_mesh
-from mixerlab.lm.parallel.strategies import _piece
+from mixerlab.lm.parallel.strategies import piece
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.lm.run.checkpoint import read
 recipe = load_recipe(sys.argv[1], sys.argv[3:])
@@ -96,7 +96,7 @@ decoder = make_decoder(recipe, 257, make_mesh(recipe.strategy, world, "cpu"))
 if recipe.resume:
     saved = read(recipe.resume, whole=False)["state_dict"]
     saved = {name.removeprefix("decoder."): value for name, value in saved.items()}
-    decoder.load_state_dict({name: _piece(value, name, decoder) for name, value in saved.items()})
+    decoder.load_state_dict({name: piece(value, name, decoder) for name, value in saved.items()})
 whole = {name: value.full_tensor() for name, value in decoder.state_dict().items()}
 if world.rank == 0:
     torch.save({"whole": whole, "held": sum(p.to_local().numel() for p in decoder.parameters())}, sys.argv[2])
