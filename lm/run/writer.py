@@ -3,6 +3,7 @@
 A folder is written under another name, each file checksummed on its way, synced, and renamed: it is whole or absent.
 """
 
+import contextlib
 import shutil
 import threading
 import time
@@ -99,6 +100,23 @@ class Writer:
         self._thread = threading.Thread(target=self._write, args=[Path(folder), mine], daemon=True)
         self._thread.start()
 
+    def make_room(self, state: dict[str, Any]) -> None:
+        """Takes the memory that saving `state` in the background needs, in the background.
+
+        Else the first save would: touching new memory takes several times as long as copying.
+
+        Args:
+            state: as for `save`, or its large parts; only shapes and types matter.
+        """
+        if self.background:
+            self.wait()
+            self._thread = threading.Thread(target=self._make_room, args=[state], daemon=True)
+            self._thread.start()
+
+    def _make_room(self, state: dict[str, Any]) -> None:
+        with contextlib.suppress(Exception):  # saving meets it again, and says so
+            divided(state, self._buffers.room, self.rank, self.ranks)
+
     def _write(self, folder: Path, mine: dict[str, Any]) -> None:
         try:
             publish(folder, mine, self.rank, self.gather, self._sign, self.after)
@@ -140,14 +158,17 @@ class Buffers:
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], Tensor] = {}
 
-    def copy(self, path: tuple[Any, ...], tensor: Tensor) -> Tensor:
-        """The copy of what stands at `path` of the state; it is whole after `settle`."""
-        tensor = tensor.detach()
+    def room(self, path: tuple[Any, ...], tensor: Tensor) -> Tensor:
+        """Memory for a copy of what stands at `path` of the state, which is `tensor` or one like it."""
         kept = self._kept.get(path)
         if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).zero_()
             self._kept[path] = kept
-        return kept.copy_(tensor, non_blocking=True)
+        return kept
+
+    def copy(self, path: tuple[Any, ...], tensor: Tensor) -> Tensor:
+        """The copy of what stands at `path` of the state; it is whole after `settle`."""
+        return self.room(path, tensor).copy_(tensor.detach(), non_blocking=True)
 
     def settle(self) -> None:
         """Waits for the copies that a GPU still makes."""

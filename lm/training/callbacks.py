@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.strategies import Strategy
 
 from mixerlab.data import TextTokenizer
 from mixerlab.lm.model.generation import stream_texts
@@ -125,7 +126,7 @@ class Checkpoints(Checkpoint):
             report=world.is_at,
         )
         self.best = math.inf
-        self._saved = 0
+        self._saved = self._started_at = 0
 
     @property
     def failed(self) -> bool:
@@ -140,11 +141,13 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Before a validation that is made up for, which comes when training starts, or alone.
-        self._saved = trainer.global_step
+        self._saved = self._started_at = trainer.global_step
         self.best = self.world.ask_main(self._best_loss)  # a disk may look otherwise to another machine
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *args: Any) -> None:
         step = trainer.global_step
+        if step == self._started_at + 1:  # the optimiser has its state now
+            self.writer.make_room(_large_parts(trainer.strategy))
         due = step % self.config.checkpoint_every == 0 and step % self.config.val_every != 0
         if due or step >= trainer.max_steps:
             self.save(trainer)
@@ -208,6 +211,14 @@ class Checkpoints(Checkpoint):
             self.checkpoints.prune(self.config.keep_checkpoints)
         except OSError as error:
             log.warning("old checkpoints cannot be deleted: %s", error)
+
+
+def _large_parts(strategy: Strategy) -> dict[str, Any]:
+    """What takes the memory of a checkpoint, where it stands there."""
+    return {
+        "state_dict": strategy.lightning_module_state_dict(),
+        "optimizer_states": [strategy.optimizer_state(optimizer) for optimizer in strategy.optimizers],
+    }
 
 
 class PendingValidation(Callback):

@@ -33,7 +33,13 @@ class Rig:
         self.weights = torch.zeros(3)
         self.module = SimpleNamespace(valid_loss=None, valid_rates={})
         self.trainer = fake_trainer(first, steps, save_checkpoint=self.save)
+        self.trainer.strategy = self
         self.callback.setup(self.trainer, self.module, "fit")
+
+    optimizers = ()
+
+    def lightning_module_state_dict(self):
+        return {"a": self.weights}
 
     def save(self, folder, storage_options):
         step = self.trainer.global_step
@@ -210,6 +216,17 @@ def test_a_write_that_failed_in_the_background_is_known_and_raised(tmp_path, mon
             late()
     assert rig.world.all_raised
     assert rig.kept == [5]
+
+
+@pytest.mark.parametrize("first", [0, 20])
+def test_the_memory_for_the_first_checkpoint_is_taken_after_the_first_step(tmp_path, first):
+    rig = Rig(tmp_path, 50, first, checkpoint_every=10, val_every=1000, async_checkpoint=True)
+    rig.train(first + 1)
+    kept = dict(rig.callback.writer._buffers._kept)
+    assert kept[("state_dict", "a")].shape == rig.weights.shape
+    rig.train(first + 10)
+    assert rig.written == [first + 10]
+    assert rig.callback.writer._buffers._kept[("state_dict", "a")] is kept[("state_dict", "a")]
 
 
 def test_without_a_background_a_checkpoint_is_there_when_save_returns(tmp_path, monkeypatch):
