@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,32 @@ def feedback(bench: Bench, T: int, backend: str = "auto", dtype: torch.dtype = t
     inputs = [torch.randn(B, 1, T, D, device=bench.device, dtype=dtype) for _ in range(3)]
     gamma = 0.999 * torch.tanh(1 + torch.randn(B, 1, T, device=bench.device))
     return differentiated(partial(feedback_attention, backend=backend), [*inputs, gamma])
+
+
+def configured(bench: Bench, T: int, **configuration: Any) -> Contestant:
+    """The operator with other values of what kernels/feedback/triton/tiles.py leaves a GPU to choose."""
+    from mixerlab.kernels.feedback.triton import tiles  # here: triton need not be installed
+
+    contestant = feedback(bench, T, "triton")
+
+    def forward() -> Tensor:
+        with patch.multiple(tiles, **configuration):
+            return contestant.forward()
+
+    def backward(y: Tensor) -> Any:
+        with patch.multiple(tiles, **configuration):
+            return contestant.backward(y)
+
+    return Contestant(forward, backward)
+
+
+def other_configurations(T: int) -> dict[str, Callable[[Bench], Contestant]]:
+    from mixerlab.kernels.feedback.triton import tiles
+
+    return {
+        "tiles of 128 x 256": partial(configured, T=T, HALF=tiles.WIDE),
+        "dq of 2 panels at once": partial(configured, T=T, DQ_PANELS=2),
+    }
 
 
 def autocast_textbook(bench: Bench, T: int) -> Contestant:
@@ -136,6 +164,8 @@ def rows(sizes: Sizes) -> list[Row]:
             "textbook, bf16 autocast": partial(autocast_textbook, T=T),
             "textbook, float32": partial(feedback, T=T, backend="reference", dtype=torch.float32),
         }
+        if torch.cuda.is_available():
+            contestants |= other_configurations(T)
         if torch.cuda.is_available() and find_spec("fla") is not None:
             heads = f"{sizes.width // sizes.head_dim} heads"
             contestants[f"this operator, {heads}"] = partial(deltaformer, T=T, function=our_heads)

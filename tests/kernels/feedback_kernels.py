@@ -19,7 +19,7 @@ from mixerlab.kernels.feedback.triton import tiles
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SMALL = tiles.Tiles(tile=32, step=16, block=16, slice=16)
+SMALL = tiles.Tiles(tile=32, step=16, block=16, slice=16, widest=32)
 
 if INTERPRETED:
     import interpreter
@@ -92,6 +92,25 @@ TOLERANCES = [(FP32, 1e-6), (FP16, 2e-3), (BF16, 2e-2)]
 def test_equals_the_reference_with_all_gradients(dtype_tolerance, past):
     dtype, tolerance = dtype_tolerance
     assert error_of(make_inputs(1, 1 + (past == 0), T=77, L=past, dtype=dtype), chunk_size=64) < tolerance
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("panels", [2, 3])
+@pytest.mark.parametrize("case", ["plain", "past", "segments"])
+def test_dq_of_several_panels_at_once(panels, case, monkeypatch):
+    monkeypatch.setattr(tiles, "DQ_PANELS", panels)
+    inputs = make_inputs(1, 1, T=170, L=100 * (case == "past"))
+    ids = packed(1, 170, 45) if case == "segments" else None
+    assert error_of(inputs, chunk_size=32, segment_ids=ids) < 2e-6
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype_tolerance", TOLERANCES[:2], ids=str)
+def test_products_wider_than_a_tile(dtype_tolerance, monkeypatch):
+    dtype, tolerance = dtype_tolerance
+    for name in ("HALF", "SINGLE"):
+        monkeypatch.setattr(tiles, name, replace(SMALL, widest=64))
+    assert error_of(make_inputs(1, 1, T=77, K=100, P=60, dtype=dtype), chunk_size=64) < tolerance
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -257,7 +276,7 @@ def test_error_is_at_most_1_2_times_the_textbook_compositions(T, dtype, monkeypa
         for i, name in enumerate(["s", "dq", "dk", "df", "dgamma"]):
             our, textbook = (statistics.median(e[i] for e in es) for es in (ours, textbooks))
             # In float32 both errors are a few roundings, whose number depends on the machine's matrix products.
-            floor = 8 if dtype == torch.float32 else 4
+            floor = 16 if dtype == torch.float32 else 4
             bar = max(1.2 * textbook, floor * torch.finfo(dtype).eps)
             assert our <= bar, (
                 f"{name}, sharpness {sharpness}, gain {gain}: {our:.3g}, textbook {textbook:.3g}"

@@ -148,6 +148,29 @@ def test_launches_and_bytes_are_those_of_the_documentation(T, launches, tmp_path
     assert traffic(launches, T, tmp_path) in rows
 
 
+@pytest.mark.parametrize("panels", [1, 2, 4])
+def test_dq_moves_less_and_weights_take_more_where_panels_share_it(panels, launches, monkeypatch, tmp_path):
+    from mixerlab.kernels.feedback.triton import tiles
+
+    def measured(panels):
+        monkeypatch.setattr(tiles, "DQ_PANELS", panels)
+        launches.clear()
+        _, _, _, _, weights, dq = traffic(launches, 4096, tmp_path)
+        return weights, dq, max(launch.arguments["weights"].shape[2] for launch in launches[-4:])
+
+    (weights_1, dq_1, width_1), (weights, dq, width) = measured(1), measured(panels)
+    assert weights == weights_1
+    assert width == panels * width_1
+    assert dq == dq_1 / panels
+
+
+def test_more_sequences_than_a_launch_takes_are_refused_in_one_line(launches):
+    q = torch.zeros(3, 32768, 1, 2, 16, dtype=torch.bfloat16)
+    gamma = torch.zeros(3, 32768, 1, 2)
+    with pytest.raises(ValueError, match=r"98304 sequences times heads.*65535.*chunk_size"):
+        torch.vmap(lambda x, g: feedback_attention(x, x, x, g, backend="triton"))(q, gamma)
+
+
 def test_shares_of_a_sum_are_rounded_once():
     pytest.importorskip("triton")
     from mixerlab.kernels.feedback.triton import _add_up
@@ -219,11 +242,26 @@ def test_autograd_adds_nothing_to_the_backward_pass(launches):
     ids=str,
 )
 def test_compiles_ahead_of_time_without_spills(dtype, width, architecture, launches, monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     forward_and_backward(600, width, dtype=dtype, segments=True)
     if width == 100:
         forward_and_backward(600, width, dtype=dtype)
         forward_and_backward(600, width, dtype=dtype, L=300)
+    assert_compiles(launches, dtype, width, architecture, monkeypatch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_what_a_gpu_may_choose_compiles_too(architecture, launches, monkeypatch, tmp_path):
+    from mixerlab.kernels.feedback.triton import tiles
+
+    monkeypatch.setattr(tiles, "HALF", tiles.WIDE)
+    monkeypatch.setattr(tiles, "DQ_PANELS", 2)
+    forward_and_backward(600, 1024, segments=True)
+    assert_compiles(launches, torch.bfloat16, 1024, architecture, monkeypatch, tmp_path)
+
+
+def assert_compiles(launches, dtype, width, architecture, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     matrix_units = False
     for launch in distinct(launches):
         binary = compile_launch(launch, architecture, tmp_path)

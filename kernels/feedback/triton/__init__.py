@@ -16,7 +16,7 @@ Backward, over panels of R columns from the last to the first, for all rows that
     transposed_solve  the panel's triangle, transposed: G = df; and dgamma_t = <G_t, a_t>, a = alpha s saved
     dlogits           weight * (<gamma_t G_t / m, s_j> - <gamma_t G_t / m, a_t>), in its place
     product           dk
-    product           dq, added up over the panels in float32
+    product           dq, added up over the panels in float32, several panels at a time if `DQ_PANELS` says so
 
 Gains and softmax statistics multiply in float32; products take operands of the inputs' dtype and add up in float32.
 Each output element is added up by one program, or in shares by several where there are few elements (`splits_for`), in
@@ -163,43 +163,56 @@ def feedback_backward(
     dk, g, scaled_g = k.new_empty(B, H, S, K), s.new_empty(B, H, S, P), s.new_empty(B, H, T, P)
     n_slices = cdiv(P, tiles.slice)
     dgamma_parts, correction_parts = gamma.new_empty(2, n_slices, B, H, T)
-    weights = s.new_empty(N, round_up(T, TILE), R)
+    weights = s.new_empty(N, round_up(T, TILE), tiling.DQ_PANELS * R)
     programs = N * max(cdiv(P, tiles.width(P)), cdiv(K, tiles.width(K))) * (R // TILE)
     parts = gamma.new_empty(splits_for(programs, cdiv(T, TILE)) * N * R * max(P, K))
     run = Launcher(
         q=q, k=k, s=s, gamma=gamma, ds=ds, attended=attended, inverse=inverse, g=g, scaled_g=scaled_g,
         scale=scale / log(2), weights=weights, tops=None, sums=None, top=top, total=total, rhs=parts, first=first,
         last=last, length=length, dgamma_parts=dgamma_parts, correction_parts=correction_parts, SLICES=n_slices,
-        SLICE=tiles.slice, T=T, L=L, H=H, K=K, P=P, R=R, TILE=TILE, M=M, height=weights.shape[1], n_tiles=R // TILE,
-        **tiling.exponents(s.dtype),
+        SLICE=tiles.slice, T=T, L=L, H=H, K=K, P=P, R=R, TILE=TILE, M=M, height=weights.shape[1],
+        n_tiles=weights.shape[2] // TILE, **tiling.exponents(s.dtype),
         **strides("q", q), **strides("k", k),
     )  # fmt: skip
 
     # (first row that sees the panel, first column, columns, whether the panel holds a part of the diagonal)
-    panels = [(0, c, min(R, L - c), False) for c in range(0, L, R)]
-    panels += [(lo, L + lo, min(R, T - lo), True) for lo in range(0, T, R)]
+    past = [(0, c, min(R, L - c), False) for c in range(0, L, R)]
+    new = [(lo, L + lo, min(R, T - lo), True) for lo in range(0, T, R)]
+    groups = [p[i : i + tiling.DQ_PANELS] for p in (past, new) for i in range(0, len(p), tiling.DQ_PANELS)]
     with torch.cuda.device_of(q):
-        for lo, first_column, columns, diagonal in reversed(panels):
-            panel = run.having(lo=lo, first_column=first_column, DIAGONAL=diagonal)
-            below = T - lo  # rows that see the panel
-            grid = (cdiv(columns, TILE), cdiv(below, TILE), N)
-            transposed = partial(_product, panel, rows=columns, end=below, TRANSPOSED=True)
-            add_up = partial(_add_up, transposed, parts, splits_for(programs, below // TILE))
+        for group in reversed(groups):
+            top_row, left, _, diagonal = group[0]
+            for lo, first_column, columns, _ in reversed(group):
+                own = weights[:, lo - top_row :, first_column - left :]
+                panel = run.having(weights=own, lo=lo, first_column=first_column, DIAGONAL=diagonal)
+                below = T - lo  # rows that see the panel
+                grid = (cdiv(columns, TILE), cdiv(below, TILE), N)
+                transposed = partial(_product, panel, rows=columns, end=below, TRANSPOSED=True)
+                add_up = partial(_add_up, transposed, parts, splits_for(programs, below // TILE))
 
-            panel(weights_kernel, *grid, STEP=tiles.inner_step(K))
-            if diagonal:
-                splits = splits_for(programs, (below - R) // TILE) if below > R else 0
-                if splits:
-                    rhs = parts[: splits * N * R * P].view(splits, B, H, R, P)
-                    transposed(scaled_g[:, :, lo:], rhs, begin=R, splits=splits)
-                panel(transposed_solve_kernel, n_slices, N, warps=4, splits=splits)
-            else:
-                add_up(scaled_g, g[:, :, first_column : first_column + columns])
-            panel(dlogits_kernel, *grid, STEP=tiles.inner_step(P))
-            add_up(q[:, :, lo:], dk[:, :, first_column : first_column + columns], factor=scale)
-            fresh = R if diagonal else 0  # how many rows of dq no panel before has written
-            keys, sums = k[:, :, first_column:], dq_sum[:, :, lo:]
-            _product(panel, keys, sums, rows=below, end=columns, ADD=True, fresh=fresh)
+                panel(weights_kernel, *grid, STEP=tiles.inner_step(K))
+                if diagonal:
+                    splits = splits_for(programs, (below - R) // TILE) if below > R else 0
+                    if splits:
+                        rhs = parts[: splits * N * R * P].view(splits, B, H, R, P)
+                        transposed(scaled_g[:, :, lo:], rhs, begin=R, splits=splits)
+                    panel(transposed_solve_kernel, n_slices, N, warps=4, splits=splits)
+                else:
+                    add_up(scaled_g, g[:, :, first_column : first_column + columns])
+                panel(dlogits_kernel, *grid, STEP=tiles.inner_step(P))
+                add_up(q[:, :, lo:], dk[:, :, first_column : first_column + columns], factor=scale)
+            fresh = len(group) * R if diagonal else 0  # how many rows of dq no panel before has written
+            end = sum(columns for _, _, columns, _ in group)
+            panel = run.having(lo=top_row, first_column=left, DIAGONAL=diagonal)
+            _product(
+                panel,
+                k[:, :, left:],
+                dq_sum[:, :, top_row:],
+                rows=T - top_row,
+                end=end,
+                ADD=True,
+                fresh=fresh,
+            )
     dq = scaled_g if K == P else q.new_empty(q.shape)  # scaled_g is not needed any more
     return torch.mul(dq_sum, scale, out=dq), dk, dgamma_parts.sum(0), g
 

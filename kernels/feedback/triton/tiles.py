@@ -1,6 +1,6 @@
 """How the Triton kernels of feedback attention cut their work, and how they are launched."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,25 +12,34 @@ from torch import Tensor
 class Tiles:
     """What a program holds. The choice depends on the dtype alone; docs/sessa-kernel.md says why these."""
 
-    tile: int  # rows and columns of a tile, and most features of an output tile
+    tile: int  # rows and columns of a tile
     step: int  # how much of the summed dimension is loaded at a time
     block: int  # M
     slice: int  # features per program of a solve
+    widest: int  # most features of a product's output tile
 
     def width(self, features: int) -> int:
-        """Features of an output tile; a tensor core's product has at least 16."""
-        return max(16, min(self.tile, triton.next_power_of_2(features)))
+        """Features of a product's output tile; a tensor core's product has at least 16."""
+        return max(16, min(self.widest, triton.next_power_of_2(features)))
 
     def inner_step(self, features: int) -> int:
         """Features loaded at a time where the sum is over them."""
         return max(16, min(self.step, triton.next_power_of_2(features)))
 
 
-HALF = Tiles(tile=128, step=64, block=64, slice=32)
-SINGLE = Tiles(tile=64, step=16, block=32, slice=16)
+HALF = Tiles(tile=128, step=64, block=64, slice=32, widest=128)
+SINGLE = Tiles(tile=64, step=16, block=32, slice=16, widest=64)
+
+# What a GPU has yet to choose: benchmarks/feedback_gpu.py has a row for each.
+WIDE = replace(HALF, widest=256)
+"""In place of HALF: a product of 128 x 256 reads its weights half as often, and one program has all registers."""
+DQ_PANELS = 1
+"""Panels whose products with keys are added to dq at once. Two halve the traffic of dq, and keep twice the weights."""
 
 PANEL_BYTES = 256 * 2**20
 """Panels are made smaller, down to one tile of rows, where a panel's weights would take more than this."""
+MOST_SEQUENCES = 65535
+"""Of the last dimension of CUDA's grids."""
 PROGRAMS = 256
 """Least programs that keep a GPU busy: about two for each multiprocessor of an A100 or H100. A panel of one long
 sequence has fewer output tiles than that, and then programs share the sum of a tile."""
@@ -94,6 +103,11 @@ class Launcher:
         return Launcher(**self.arguments | arguments)
 
     def __call__(self, kernel: Any, *grid: int, warps: int = 8, stages: int = 3, **arguments: Any) -> None:
+        if grid[-1] > MOST_SEQUENCES:
+            raise ValueError(
+                f"feedback attention: {grid[-1]} sequences times heads are more than one launch takes on a GPU, "
+                f"{MOST_SEQUENCES}; give it parts of the batch (under torch.vmap: chunk_size)"
+            )
         arguments = self.arguments | arguments
         named = {name: arguments[name] for name in kernel.arg_names}
         # A program may have all registers: else the assembler spills a few of some kernels to make room for another.
