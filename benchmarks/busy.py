@@ -28,7 +28,7 @@ from typing import Any
 
 WAYS = {
     "spin 300000, GNU OpenMP's own": {"GOMP_SPINCOUNT": "300000"},
-    "spin 1000, mixerlab's": {"GOMP_SPINCOUNT": "1000"},
+    "spin 2000, mixerlab's": {"GOMP_SPINCOUNT": "2000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }

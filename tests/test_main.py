@@ -148,7 +148,7 @@ def gnu_openmp_shows(program, **variables):
 
 @pytest.mark.parametrize("program", [["-m", "mixerlab", "train"], ["train.py"]])
 def test_waiting_threads_soon_sleep(program):
-    assert gnu_openmp_shows(program) == "1000"
+    assert gnu_openmp_shows(program) == "2000"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from importlib.metadata import version
 if "OMP_WAIT_POLICY" not in os.environ:
     # Where torch brings GNU OpenMP, a thread that waits keeps its core busy for a millisecond; beside other work, the
     # thread that it waits for may need that core. Read when torch is loaded, here and in the processes started here.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 VERBS = {
     "train": "train a model from a recipe",
