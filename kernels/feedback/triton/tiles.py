@@ -32,7 +32,8 @@ SINGLE = Tiles(tile=64, step=16, block=32, slice=16, widest=64)
 
 # What a GPU has yet to choose: benchmarks/feedback_gpu.py has a row for each.
 WIDE = replace(HALF, widest=256)
-"""In place of HALF: a product of 128 x 256 reads its weights half as often, and one program has all registers."""
+"""In place of HALF on sm_90 (on sm_80 the product that adds to dq spills): a product of 128 x 256 reads weights half as
+often, and one program has all registers of a multiprocessor."""
 DQ_PANELS = 1
 """Panels whose products with keys are added to dq at once. Two halve the traffic of dq, and keep twice the weights."""
 
