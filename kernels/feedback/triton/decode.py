@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixerlab.kernels.feedback.triton.tiles import Launcher, strides
+
 _BLOCKS = (32, 64, 128, 256, 512)
 """Cached positions per program: the fewest that make at most `_MOST_BLOCKS`, else the last."""
 _MOST_BLOCKS = 512
@@ -55,46 +57,18 @@ def feedback_decode(
     empty = partial(torch.empty, dtype=torch.float32, device=q.device)
     tops, totals, sums = empty(B, H, n_blocks), empty(B, H, n_blocks), empty(B, H, n_blocks, P)
     s, lse = f.new_empty(B, H, 1, P), empty(B, H, 1)
-    length = q if past_length is None else past_length.contiguous()
-    shared = {"H": H, "P": P, "BLOCK": block, "HAS_LENGTH": past_length is not None}
+    run = Launcher(
+        q=q, k=k_past, s_past=s_past, f=f, gamma=gamma, s=s, lse=lse, tops=tops, totals=totals, sums=sums,
+        length=None if past_length is None else past_length.contiguous(),
+        scale=scale, L=L, H=H, K=K, P=P, BLOCK=block, K_CHUNK=_chunk(k_past, block), P_CHUNK=_chunk(s_past, block),
+        # Narrow, so that one wide head is spread over many programs.
+        CHUNK=32, BLOCKS=64,
+        **strides("q", q, "bhlp"), **strides("k", k_past, "bhlp"), **strides("s", s_past, "bhlp"),
+        **strides("f", f, "bhlp"), **strides("gamma", gamma, "bh"),
+    )  # fmt: skip
     with torch.cuda.device_of(q):
-        attend_kernel[(n_blocks, B * H)](
-            q,
-            k_past,
-            s_past,
-            length,
-            tops,
-            totals,
-            sums,
-            scale,
-            L,
-            *(q.stride(i) for i in (0, 1, 3)),
-            *k_past.stride(),
-            *s_past.stride(),
-            K=K,
-            K_CHUNK=_chunk(k_past, block),
-            P_CHUNK=_chunk(s_past, block),
-            **shared,
-            num_warps=8 if max(K, P) > 64 else 4,
-            maxnreg=255,  # else the assembler spills a few to make room for another program
-        )
-        combine_kernel[(triton.cdiv(P, 32), B * H)](
-            tops,
-            totals,
-            sums,
-            f,
-            gamma,
-            length,
-            s,
-            lse,
-            L,
-            *(f.stride(i) for i in (0, 1, 3)),
-            *gamma.stride()[:2],
-            CHUNK=32,  # narrow, so that one wide head is spread over many programs
-            BLOCKS=64,
-            **shared,
-            num_warps=4,
-        )
+        run(attend_kernel, n_blocks, B * H, warps=8 if max(K, P) > 64 else 4)
+        run(combine_kernel, triton.cdiv(P, 32), B * H, warps=4)
     return s, lse
 
 
@@ -110,40 +84,17 @@ def _chunk(cache: Tensor, block: int) -> int:
 
 @triton.jit(do_not_specialize=["L"])
 def attend_kernel(
-    q,
-    k,
-    s,
-    length,
-    tops,
-    totals,
-    sums,
-    scale,
-    L,
-    q_b,
-    q_h,
-    q_k,
-    k_b,
-    k_h,
-    k_l,
-    k_k,
-    s_b,
-    s_h,
-    s_l,
-    s_p,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK: tl.constexpr,
-    K_CHUNK: tl.constexpr,
-    P_CHUNK: tl.constexpr,
-    HAS_LENGTH: tl.constexpr,
-):
+    q, k, s_past, length, tops, totals, sums, scale, L,
+    q_b, q_h, q_p, k_b, k_h, k_l, k_p, s_b, s_h, s_l, s_p,
+    H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    K_CHUNK: tl.constexpr, P_CHUNK: tl.constexpr,
+):  # fmt: skip
     """tops, totals (B, H, blocks) and sums (B, H, blocks, P) of one block. Names such as k_l are strides."""
     block = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     b, h = row // H, row % H
     valid = L.to(tl.int64)
-    if HAS_LENGTH:
+    if length is not None:
         valid = tl.minimum(valid, tl.load(length + b))
     if block * BLOCK >= valid:
         return
@@ -151,7 +102,7 @@ def attend_kernel(
     seen = at < valid
     q += b * q_b + h * q_h
     k_rows = k + b * k_b + h * k_h + at[:, None] * k_l  # (BLOCK, 1)
-    s_rows = s + b * s_b + h * s_h + at[:, None] * s_l
+    s_rows = s_past + b * s_b + h * s_h + at[:, None] * s_l
     out = row * tl.num_programs(0) + block
 
     # Summed over the chunks before it is summed within them: one exchange between threads, not one per chunk.
@@ -159,8 +110,8 @@ def attend_kernel(
     # Only with a number of stages given does the compiler load ahead in loops without matrix products.
     for lo in tl.range(0, K, K_CHUNK, num_stages=3):
         c = lo + tl.arange(0, K_CHUNK)[None, :]  # (1, K_CHUNK)
-        q_c = tl.load(q + c * q_k, mask=c < K, other=0.0).to(tl.float32)
-        k_c = tl.load(k_rows + c * k_k, mask=seen[:, None] & (c < K), other=0.0).to(tl.float32)
+        q_c = tl.load(q + c * q_p, mask=c < K, other=0.0).to(tl.float32)
+        k_c = tl.load(k_rows + c * k_p, mask=seen[:, None] & (c < K), other=0.0).to(tl.float32)
         products += q_c * k_c
     logits = tl.where(seen, tl.sum(products, axis=1) * scale, -float("inf"))  # (BLOCK,)
     top = tl.max(logits, axis=0)
@@ -175,33 +126,15 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=["L"])
 def combine_kernel(
-    tops,
-    totals,
-    sums,
-    f,
-    gamma,
-    length,
-    s,
-    lse,
-    L,
-    f_b,
-    f_h,
-    f_p,
-    gamma_b,
-    gamma_h,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    HAS_LENGTH: tl.constexpr,
-):
+    tops, totals, sums, f, gamma, length, s, lse, L, f_b, f_h, f_p, gamma_b, gamma_h,
+    H: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """s (B, H, 1, P) for CHUNK features, and lse (B, H, 1)."""
     row = tl.program_id(1).to(tl.int64)
     b, h = row // H, row % H
     c = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)  # (CHUNK,)
     valid = L.to(tl.int64)
-    if HAS_LENGTH:
+    if length is not None:
         valid = tl.minimum(valid, tl.load(length + b))
     first = row * tl.cdiv(L, BLOCK)  # the row's first block
     n_blocks = tl.cdiv(valid, BLOCK).to(tl.int32)  # what is behind them was not written

@@ -89,9 +89,9 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and rows * x.stride(2) < 2**31 else x.contiguous()
 
 
-def strides(name: str, x: Tensor) -> dict[str, int]:
-    """Of batch, head and position, as kernels name them."""
-    return {f"{name}_{letter}": x.stride(i) for i, letter in enumerate("bht")}
+def strides(name: str, x: Tensor, axes: str = "bht") -> dict[str, int]:
+    """Of the first axes, as kernels name them: batch, head and position."""
+    return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(axes)}
 
 
 class Launcher:
