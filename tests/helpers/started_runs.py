@@ -70,7 +70,8 @@ def layout(ranks, batch_size, accumulate=1):
 
 def assert_same_curves(run, other, tolerance=1e-5):
     for name in CURVES:
-        # A gradient's norm is of the size of 1, and carries the rounding of all that it was summed from.
+        # It is of the size of 1, and the rounding of all that it is summed from moves it: in one process the number of
+        # threads alone by 8e-6, where it moves losses by 7e-7.
         allowed = 5 * tolerance if name == "train/gradient_norm" else tolerance
         assert metric(run, name) == pytest.approx(metric(other, name), abs=allowed), name
 
