@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixerlab.kernels.attention import causal_attention
@@ -65,6 +66,13 @@ class AttentionConfig:
         yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope)
 
 
+def rotary_positions(x: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """Those that rotary embedding takes of x (B, T, D): (1, T), or counted in each segment, (B, T)."""
+    if segment_ids is None:
+        return torch.arange(x.shape[1], device=x.device)[None]
+    return segment_positions(segment_ids)
+
+
 @register_mixer("attention", AttentionConfig)
 class Attention(Mixer):
     """Multi-head causal softmax attention (Vaswani et al., arXiv 1706.03762) with the usual later options.
@@ -110,12 +118,42 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, segment_ids: Tensor | None = None, selected: Tensor | None = None) -> Tensor:
         """As every mixer's; with `selected` (B, T) bool a position sees, besides itself, the selected alone."""
-        if segment_ids is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
-        else:
-            positions = segment_positions(segment_ids)  # (B, T)
-        q, k, v = self._project(x, positions)
+        q, k, v = self._project(x, rotary_positions(x, segment_ids))
         return self._merge(causal_attention(q, k, v, segment_ids, self.config.window, selected))
+
+    @torch.no_grad()
+    def mix_fixed(
+        self,
+        x: Tensor,
+        values: Tensor,
+        segment_ids: Tensor | None = None,
+        selected: Tensor | None = None,
+    ) -> Tensor:
+        """As every mixer's, per query head: the attention weights times `values`. `selected` as in `forward`."""
+        q, k, _ = self._project(x, rotary_positions(x, segment_ids))
+        return self._attend(q, k, values[:, None].expand(-1, k.shape[1], -1, -1), segment_ids, selected)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        values: Tensor,
+        segment_ids: Tensor | None = None,
+        selected: Tensor | None = None,
+    ) -> Tensor:
+        """The attention weights times values (B, G, T, C) of any width -> (B, H, T, C)."""
+        mixed = []
+        for piece in values.to(q.dtype).split(self.head_dim, dim=-1):
+            # As wide as the keys: of other widths torch makes the T x T weights.
+            padded = F.pad(piece, (0, self.head_dim - piece.shape[-1]))
+            y = causal_attention(q, k, padded, segment_ids, self.config.window, selected)  # (B, H, T, K)
+            mixed.append(y[..., : piece.shape[-1]])
+        return torch.cat(mixed, dim=-1)
+
+    @torch.no_grad()
+    def routing(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
+        every = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)  # (B, T, T)
+        return {"attention": Attention.mix_fixed(self, x, every, segment_ids)}
 
     def _slots(self, max_len: int) -> int:
         return max_len if self.config.window is None else min(self.config.window, max_len)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mixerlab.kernels.attention import causal_attention
 from mixerlab.kernels.feedback import feedback_attention
-from mixerlab.mixers.attention import Attention, AttentionConfig, head_problems, segment_positions
+from mixerlab.mixers.attention import Attention, AttentionConfig, head_problems, rotary_positions
 from mixerlab.mixers.kv_cache import AttentionState
 from mixerlab.mixers.mixer import check_room
 from mixerlab.mixers.registry import register_mixer
@@ -64,12 +64,16 @@ class DeltaFormer(Attention):
         return feedback_attention(w, k, v, -self._beta(x), backend=self.backend, **options)
 
     def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
-        if segment_ids is not None:
-            positions = segment_positions(segment_ids)  # (B, T)
-        q, k, v = self._project(x, positions)  # (B, H, T, K), (B, G, T, K) twice
+        q, k, v = self._project(x, rotary_positions(x, segment_ids))  # (B, H, T, K), (B, G, T, K) twice
         u = self._corrected(x, k, v, segment_ids=segment_ids)
         return self._merge(causal_attention(q, k, u, segment_ids))
+
+    @torch.no_grad()
+    def mix_fixed(self, x: Tensor, values: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """As every mixer's, per query head: the attention weights times what the correction leaves of `values`."""
+        q, k, _ = self._project(x, rotary_positions(x, segment_ids))
+        columns = values[:, None].expand(-1, k.shape[1], -1, -1)  # (B, G, T, C)
+        return self._attend(q, k, self._corrected(x, k, columns, segment_ids=segment_ids), segment_ids)
 
     def extend(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """As every mixer's; `state.v` holds u."""

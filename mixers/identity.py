@@ -33,6 +33,9 @@ class Identity(Mixer):
     def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         return x
 
+    def mix_fixed(self, x: Tensor, values: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        return values[:, None]  # (B, 1, T, C)
+
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> IdentityState:
         return IdentityState(torch.zeros(batch_size, dtype=torch.int64, device=device), max_len)
 

@@ -83,11 +83,10 @@ class Mamba(Mixer):
             dt = log_dt.exp().clamp_min(DT_FLOOR)
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-    def _mix(
-        self, x: Tensor, tail: Tensor, ssm: Tensor | None, segment_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) behind tail (B, W - 1, E) and ssm (B, E, N) -> output (B, T, D), new tail and ssm."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
+    def _select(
+        self, x: Tensor, tail: Tensor, segment_ids: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """x' (B, T, E) behind tail (B, W - 1, E) -> the scan's input, its dt, A, B and C, and the new tail."""
         padded = torch.cat((tail.to(x.dtype), x), dim=1)  # (B, W - 1 + T, E)
         new_tail = padded[:, x.shape[1] :]  # (B, W - 1, E)
         x = F.silu(causal_conv(padded, self.conv1d, segment_ids)).to(x.dtype)  # (B, T, E)
@@ -99,12 +98,17 @@ class Mamba(Mixer):
         with torch.autocast(x.device.type, enabled=False):
             dt = F.softplus(dt.to(dtype) + self.dt_proj.bias.to(dtype))
             A = -self.A_log.to(dtype).exp()  # (E, N)
+        return x, (dt, A, B_in, C_out), new_tail
+
+    def _mix(
+        self, x: Tensor, tail: Tensor, ssm: Tensor | None, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) behind tail (B, W - 1, E) and ssm (B, E, N) -> output (B, T, D), new tail and ssm."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
+        x, selected, new_tail = self._select(x, tail, segment_ids)
         y, ssm = selective_scan(
             x,
-            dt,
-            A,
-            B_in,
-            C_out,
+            *selected,
             self.D,
             initial_state=ssm,
             segment_ids=segment_ids,
@@ -114,8 +118,22 @@ class Mamba(Mixer):
         return self.out_proj(y * F.silu(z)), new_tail, ssm
 
     def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        tail = x.new_zeros(x.shape[0], self.config.d_conv - 1, self.inner)  # (B, W - 1, E)
-        return self._mix(x, tail, None, segment_ids)[0]
+        return self._mix(x, self._no_tail(x), None, segment_ids)[0]
+
+    def _no_tail(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[0], self.config.d_conv - 1, self.inner)  # (B, W - 1, E)
+
+    @torch.no_grad()
+    def mix_fixed(self, x: Tensor, values: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """As every mixer's, per channel: the scan, and the skip past it."""
+        x, _ = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E)
+        x, selected, _ = self._select(x, self._no_tail(x), segment_ids)
+        options = {"segment_ids": segment_ids, "backend": self.config.backend}
+        mixed = [
+            selective_scan(column[..., None].expand_as(x).to(x.dtype), *selected, self.D, **options)
+            for column in values.unbind(-1)
+        ]  # (B, T, E) each
+        return torch.stack(mixed, dim=-1).transpose(1, 2)  # (B, E, T, C)
 
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> MambaState:
         dtype = torch.get_default_dtype() if dtype is None else dtype

@@ -118,10 +118,10 @@ class Mamba2(Mixer):
             self.A_log.copy_(torch.empty(self.n_heads).uniform_(A_MIN, A_MAX).log())
             self.D.fill_(1.0)
 
-    def _mix(
-        self, x: Tensor, tail: Tensor, ssm: Tensor | None, segment_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) behind tail (B, W - 1, X) and ssm (B, H, P, N) -> output (B, T, D), new tail and ssm."""
+    def _select(
+        self, x: Tensor, tail: Tensor, segment_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
+        """x (B, T, D) behind tail (B, W - 1, X) -> gate z and SSD's input, its dt, A, B and C, and the new tail."""
         z, x, dt = self.in_proj(x).split((self.inner, self.channels, self.n_heads), dim=-1)  # E, X and H wide
         padded = torch.cat((tail.to(x.dtype), x), dim=1)  # (B, W - 1 + T, X)
         new_tail = padded[:, x.shape[1] :]  # (B, W - 1, X)
@@ -131,12 +131,18 @@ class Mamba2(Mixer):
         # Steps and decays at least in float32: a slow decay rounds to 1 in bf16.
         dtype = _at_least_float32(self.A_log.dtype)
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype)).clamp(*self.config.dt_limit)  # (B, T, H)
+        A = -self.A_log.to(dtype).exp()  # (H,)
+        B_in, C_out = (y.unflatten(-1, (self.config.n_groups, -1)) for y in (B_in, C_out))  # (B, T, G, N)
+        return z, x.unflatten(-1, (self.n_heads, -1)), (dt, A, B_in, C_out), new_tail
+
+    def _mix(
+        self, x: Tensor, tail: Tensor, ssm: Tensor | None, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) behind tail (B, W - 1, X) and ssm (B, H, P, N) -> output (B, T, D), new tail and ssm."""
+        z, x, selected, new_tail = self._select(x, tail, segment_ids)
         y, ssm = ssd(
-            x.unflatten(-1, (self.n_heads, -1)),
-            dt,
-            -self.A_log.to(dtype).exp(),
-            B_in.unflatten(-1, (self.config.n_groups, -1)),
-            C_out.unflatten(-1, (self.config.n_groups, -1)),
+            x,
+            *selected,
             self.D,
             initial_state=ssm,
             segment_ids=segment_ids,
@@ -146,8 +152,18 @@ class Mamba2(Mixer):
         return self.out_proj(self.norm(y.flatten(2), z)), new_tail, ssm  # (B, T, D)
 
     def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        tail = x.new_zeros(x.shape[0], self.config.d_conv - 1, self.channels)  # (B, W - 1, X)
-        return self._mix(x, tail, None, segment_ids)[0]
+        return self._mix(x, self._no_tail(x), None, segment_ids)[0]
+
+    def _no_tail(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[0], self.config.d_conv - 1, self.channels)  # (B, W - 1, X)
+
+    @torch.no_grad()
+    def mix_fixed(self, x: Tensor, values: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """As every mixer's, per head: SSD, and the skip past it."""
+        _, x, selected, _ = self._select(x, self._no_tail(x), segment_ids)
+        columns = values[:, :, None].expand(-1, -1, self.n_heads, -1).to(x.dtype)  # (B, T, H, C)
+        mixed = ssd(columns, *selected, self.D, segment_ids=segment_ids, backend=self.config.backend)
+        return mixed.transpose(1, 2)  # (B, H, T, C)
 
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> Mamba2State:
         dtype = torch.get_default_dtype() if dtype is None else dtype

@@ -112,7 +112,8 @@ class Mixer(nn.Module):
     """Maps (B, T, D) to (B, T, D), causally: the output at t depends on inputs up to t alone.
 
     A subclass takes `(config, d_model, layer_index, n_layers)`, sets the class attributes below where they
-    differ, and implements every method but `reset_parameters` and `diagnostics`, which are optional.
+    differ, and implements every method but `reset_parameters`, `diagnostics`, `mix_fixed` and `routing`, which are
+    optional.
     """
 
     supports_segments: bool = False
@@ -187,6 +188,24 @@ class Mixer(nn.Module):
 
     def diagnostics(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
         """What is worth watching in training: name -> values of any shape, logged as mean and spread."""
+        return {}
+
+    def mix_fixed(self, x: Tensor, values: Tensor, segment_ids: Tensor | None = None) -> Tensor | None:
+        """What each head makes of `values` with the routing that `x` gives: its influence, of any columns at once.
+
+        All that says where information goes (attention weights, gains, steps, B and C) is computed from `x` (B, T, D)
+        and then held, so that the result is linear in `values` (B, T, C). Those take the place of what the heads mix,
+        the same for every head and each of the C columns alone: a unit impulse at tau gives the influence of tau on
+        every t. What maps features at one position (projections, gates, norms) or sees a few neighbours (the short
+        convolution before a scan) is left out.
+
+        Returns (B, H, T, C), H being heads, or channels, or paths through several, whichever are routed apart; None
+        where a mixer has no such routing. No gradient is promised.
+        """
+        return None
+
+    def routing(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
+        """For pictures of a short text: name -> weights (B, H, T, T), from tau to t, or values (B, H, T)."""
         return {}
 
     def refuse_segments(self, segment_ids: Tensor | None) -> None:

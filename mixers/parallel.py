@@ -61,6 +61,20 @@ class Parallel(Mixer):
     def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         return self._join(self.first(x, segment_ids), self.second(x, segment_ids))
 
+    def mix_fixed(self, x: Tensor, values: Tensor, segment_ids: Tensor | None = None) -> Tensor | None:
+        """As every mixer's: the heads of the first branch, then those of the second."""
+        branches = [mixer.mix_fixed(x, values, segment_ids) for mixer in (self.first, self.second)]
+        mixed = [branch for branch in branches if branch is not None]
+        return torch.cat(mixed, dim=1) if len(mixed) == 2 else None
+
+    def routing(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
+        branches = zip(self.names, (self.first, self.second), strict=True)
+        return {
+            f"{name}/{key}": value
+            for name, mixer in branches
+            for key, value in mixer.routing(x, segment_ids).items()
+        }
+
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> ParallelState:
         return ParallelState(
             length=torch.zeros(batch_size, dtype=torch.int64, device=device),

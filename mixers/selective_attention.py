@@ -118,6 +118,25 @@ class SelectiveAttention(Mixer):
         o = self.attention(h, segment_ids, selected=attending > 0.5)
         return _refine(h, o, attending * alpha)
 
+    @torch.no_grad()
+    def mix_fixed(self, x: Tensor, values: Tensor, segment_ids: Tensor | None = None) -> Tensor | None:
+        """As every mixer's, per path: through a head of the attention or past it, from a head of the layer below."""
+        below = self.below.mix_fixed(x, values, segment_ids)  # (B, heads below, T, C)
+        if below is None:
+            return None
+        h = self.below(x, segment_ids)
+        attending, alpha = self._select(h, training=False)
+        columns = below.transpose(1, 2).flatten(2)  # (B, T, heads below * C)
+        o = self.attention.mix_fixed(h, columns, segment_ids, selected=attending > 0.5)
+        o = o.unflatten(-1, (below.shape[1], -1)).transpose(2, 3)  # (B, heads, heads below, T, C)
+        return _refine(below[:, None], o, (attending * alpha)[:, None, None]).flatten(1, 2)
+
+    @torch.no_grad()
+    def routing(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
+        attending, alpha = self._select(self.below(x, segment_ids), training=False)
+        inner = {f"below/{key}": value for key, value in self.below.routing(x, segment_ids).items()}
+        return {**inner, "share of attention": (attending * alpha)[:, None]}
+
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> SelectiveAttentionState:
         attention = self.attention.init_state(batch_size, max_len, device, dtype)
         attention.selected = torch.zeros(

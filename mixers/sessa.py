@@ -104,6 +104,30 @@ class Sessa(Attention):
         )  # (B, H, T, K)
         return s.transpose(1, 2).flatten(2)  # (B, T, D)
 
+    @torch.no_grad()
+    def mix_fixed(self, x: Tensor, values: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """As every mixer's, per feedback head and forward head: (I - B)^-1 times the forward attention's weights."""
+        f = super().mix_fixed(x, values, segment_ids)  # (B, forward heads, T, C)
+        if not self.sessa.feedback:
+            return f
+        q, k, gamma = self._route(x)
+        columns = f.transpose(1, 2).flatten(2)[:, None].expand(-1, q.shape[1], -1, -1)  # (B, H, T, heads * C)
+        s = feedback_attention(q, k, columns, gamma, segment_ids=segment_ids, backend=self.sessa.backend)
+        return s.unflatten(-1, (f.shape[1], -1)).transpose(2, 3).flatten(1, 2)  # (B, H * heads, T, C)
+
+    @torch.no_grad()
+    def routing(self, x: Tensor, segment_ids: Tensor | None = None) -> dict[str, Tensor]:
+        forward = {"forward attention": super().routing(x, segment_ids)["attention"]}
+        if not self.sessa.feedback:
+            return forward
+        q, k, gamma = self._route(x)
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu()  # (T, T)
+        if segment_ids is not None:
+            hidden = hidden | (segment_ids[:, None, :, None] != segment_ids[:, None, None, :])
+        logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))  # (B, H, T, T)
+        alpha = logits.softmax(-1).nan_to_num(0.0)  # the first row of a segment sees nothing
+        return {**forward, "feedback attention": alpha, "gain": gamma}
+
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> AttentionState:
         state = super().init_state(batch_size, max_len, device, dtype)
         if not self.sessa.feedback:

@@ -286,6 +286,35 @@ def check_flops(factory: Factory) -> None:
         assert abs(mixer.flops(time) - expected) <= 0.02 * expected, f"{mixer.flops(time)} != {expected}"
 
 
+def check_fixed_routing(factory: Factory) -> None:
+    """`mix_fixed`, unless None: linear in the values, causal, each document and row alone, and 0 without a gradient."""
+    mixer = double(factory, d_model=8)
+    time = 9
+    x = inputs(time=time, d_model=8)
+    every = torch.eye(time, dtype=x.dtype).expand(B, -1, -1)
+    influence = mixer.mix_fixed(x, every)
+    if influence is None:
+        return
+    assert influence.ndim == 4, f"{tuple(influence.shape)}: expected (B, H, T, C)"
+    assert influence.shape == (B, influence.shape[1], time, time), f"{tuple(influence.shape)}"
+    values = inputs(time=time, d_model=3, seed=1)
+    torch.testing.assert_close(mixer.mix_fixed(x, values), influence @ values[:, None])
+    begun = mixer.mix_fixed(x[:1, :5], every[:1, :5, :5])
+    torch.testing.assert_close(begun, influence[:1, :, :5, :5], msg="it sees later positions, or other rows")
+    for name, value in mixer.routing(x).items():
+        assert value.shape[0] == B, f"routing {name}: {tuple(value.shape)}"
+        assert value.shape[2:] in ((time,), (time, time)), f"routing {name}: {tuple(value.shape)}"
+    for ids in (None, torch.tensor([[0] * 4 + [1] * 5])) if mixer.supports_segments else (None,):
+        influence = mixer.mix_fixed(x[:1], every[:1], ids)
+        assert influence is not None
+        gradient = torch.autograd.functional.jacobian(lambda y, ids=ids: mixer(y, ids), x[:1])
+        unconnected = gradient[0, :, :, 0].abs().amax((1, 3)) == 0  # (T, T)
+        assert (influence[0, :, unconnected] == 0).all(), "influence where the output has no gradient"
+        if ids is not None:
+            second = mixer.mix_fixed(x[:1, 4:], every[:1, 4:, 4:])
+            torch.testing.assert_close(influence[:, :, 4:, 4:], second)
+
+
 def check_state_bytes(factory: Factory) -> None:
     """`state_bytes` is what the tensors of a State take."""
     mixer = factory(D)
@@ -311,4 +340,5 @@ CHECKS = (
     check_state_dict,
     check_flops,
     check_state_bytes,
+    check_fixed_routing,
 )
