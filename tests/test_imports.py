@@ -16,10 +16,11 @@ ROOMS = {
     "recipe": (),
     "model": ("recipe",),
     "run": ("recipe", "model"),
+    "memory": ("recipe", "model", "run"),
     "parallel": ("recipe", "model", "run"),
     "exchange": ("recipe", "model", "run"),
     "training": ("recipe", "model", "run", "parallel"),
-    "commands": ("recipe", "model", "run", "parallel", "exchange", "training"),
+    "commands": ("recipe", "model", "run", "memory", "parallel", "exchange", "training"),
 }
 """Of lm, in order: what each may import beside itself."""
 

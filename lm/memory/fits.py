@@ -1,0 +1,152 @@
+"""Which law a curve's tail follows: constant, exponential, a power of the lag, or none that can be told.
+
+The model: the logarithm of the value is a law plus noise, log v = a + b g(lag) + e, with g = 0 (constant), lag
+(exponential) or log lag (power law). The noise is normal, that is multiplicative and log-normal in the value, and
+correlated from one point to the next, e_i = rho e_{i-1} + n_i, rho >= 0: neighbouring lags share sequences and sources.
+All parameters, those of the noise too, are by maximum likelihood for each law. The noise is taken to be FLOOR at least,
+so that no law is refused for systematic deviations that nobody could see in a plot.
+
+Laws are compared by Akaike's criterion, AIC = 2 parameters - 2 log-likelihood. A law is named if it is better by
+DECISIVE than its rivals, and if the sum of both laws, a power law times an exponential, is not better than it by
+SURPLUS: a curve in between is neither.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixerlab.lm.memory.curves import Array, Curve
+
+FLOOR = 0.01
+"""Of the noise's standard deviation: one percent of the value."""
+DECISIVE, SURPLUS = 6.0, 4.0
+FEWEST = 8
+"""Points below which nothing is fitted."""
+SMALLEST = 1e-30
+"""Of the largest value: what is smaller may be rounding."""
+TAIL = 16
+"""The tail begins at the longest lag divided by this."""
+CORRELATIONS = np.linspace(0, 0.95, 39)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law fitted by maximum likelihood."""
+
+    name: str
+    intercept: float
+    slope: float  # of log v in lag or log lag; 0 for the constant
+    slope_error: float  # standard error
+    rho: float
+    sigma: float  # standard deviation of the noise
+    aic: float
+
+    def __call__(self, lags: Array) -> Array:
+        if self.name == "constant":
+            return np.full_like(lags, np.exp(self.intercept))
+        return np.exp(self.intercept + self.slope * (np.log(lags) if self.name == "power law" else lags))
+
+    @property
+    def summary(self) -> str:
+        if self.name == "power law":
+            return f"lag^{-self.exponent:+.3f} ± {2 * self.slope_error:.3f}"
+        if self.name == "exponential":
+            return (
+                f"half-life {self.half_life:.4g} lags"
+                if self.slope < 0
+                else f"grows by {self.slope:.3g} a lag"
+            )
+        return f"constant {np.exp(self.intercept):.3g}"
+
+    @property
+    def exponent(self) -> float:
+        """beta of a power law, lag^-beta."""
+        return -self.slope
+
+    @property
+    def half_life(self) -> float:
+        """Lags in which an exponential falls to half; infinite where it does not fall."""
+        return np.log(2) / -self.slope if self.slope < 0 else np.inf
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The laws fitted to a curve's tail, and which of them it follows."""
+
+    laws: dict[str, Law]
+    winner: Law | None
+    margin: float
+    """AIC of the second best of the laws less that of the best."""
+    reason: str
+    """Why that one, or none."""
+    start: float = 0.0
+    """Smallest lag of the tail."""
+
+
+def fit(curve: Curve, tail_from: float | None = None) -> Fit:
+    """Fits each law to the values at lags of at least `tail_from`, by default 1/16 of the longest, and judges."""
+    start = max(2.0, curve.lags[-1] / TAIL) if tail_from is None else tail_from
+    chosen = (curve.lags >= start) & (curve.mean > SMALLEST * curve.mean.max())
+    return fit_points(curve.lags[chosen], curve.mean[chosen])
+
+
+def fit_points(lags: Array, values: Array) -> Fit:
+    """As `fit`, of lags (n,) in increasing order and values (n,) above 0."""
+    if len(lags) < FEWEST:
+        return Fit(
+            {}, None, 0.0, f"only {len(lags)} points on the tail, of at least {FEWEST} that a fit needs"
+        )
+    y = np.log(values)
+    one, lag, log = np.ones_like(lags), lags / lags[-1], np.log(lags)
+    designs = {"constant": [one], "exponential": [one, lag], "power law": [one, log], "both": [one, log, lag]}
+    laws = {name: _maximise(name, np.stack(columns, 1), y) for name, columns in designs.items()}
+    both = laws.pop("both")
+    exponential = laws["exponential"]
+    laws["exponential"] = _rescaled(exponential, lags[-1])
+    best, second = sorted(laws.values(), key=lambda law: law.aic)[:2]
+    margin = second.aic - best.aic
+    constant, power = laws["constant"], laws["power law"]
+    surplus = best.aic - both.aic
+    winner: Law | None = best
+    if constant.aic < min(power.aic, laws["exponential"].aic) + DECISIVE and surplus < DECISIVE:
+        winner, reason = constant, "no slope that the noise would not explain"
+        margin = min(power.aic, laws["exponential"].aic) - constant.aic
+        if 2 * power.slope_error > 0.1:
+            winner, reason = None, "too noisy: a slope could hide in it"
+    elif surplus >= SURPLUS:
+        winner, reason = None, f"neither law: both together are better by AIC {surplus:.1f}"
+    elif margin < DECISIVE:
+        winner, reason = (
+            None,
+            f"the data do not say: {best.name} is better than {second.name} by AIC {margin:.1f}",
+        )
+    else:
+        reason = f"better than {second.name} by AIC {margin:.1f}"
+    return Fit(laws, winner, margin, reason, float(lags[0]))
+
+
+def _rescaled(law: Law, unit: float) -> Law:
+    """An exponential fitted to lag / unit, in lags."""
+    return Law(law.name, law.intercept, law.slope / unit, law.slope_error / unit, law.rho, law.sigma, law.aic)
+
+
+def _maximise(name: str, design: Array, y: Array) -> Law:
+    """Generalised least squares with first-order autoregressive noise, the likelihood maximised over rho."""
+    return min((_given_rho(name, design, y, rho) for rho in CORRELATIONS), key=lambda law: law.aic)
+
+
+def _given_rho(name: str, design: Array, y: Array, rho: float) -> Law:
+    def whiten(z: Array) -> Array:
+        first = np.sqrt(1 - rho**2) * z[:1]
+        return np.concatenate((first, z[1:] - rho * z[:-1]))
+
+    A, b = whiten(design), whiten(y)
+    coefficients, *_ = np.linalg.lstsq(A, b)
+    residual = float(((b - A @ coefficients) ** 2).sum())
+    n, k = design.shape
+    innovation = max(residual / n, FLOOR**2 * (1 - rho**2))  # sigma^2
+    log_likelihood = -0.5 * (n * np.log(2 * np.pi * innovation) - np.log(1 - rho**2) + residual / innovation)
+    covariance = innovation * n / (n - k) * np.linalg.inv(A.T @ A)
+    slope, error = (coefficients[1], np.sqrt(covariance[1, 1])) if k > 1 else (0.0, 0.0)
+    sigma = np.sqrt(innovation / (1 - rho**2))
+    return Law(name, coefficients[0], slope, error, rho, sigma, 2 * (k + 2) - 2 * log_likelihood)
