@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mixerlab.lm.memory.curves import Curve, by_lag, lag_curve
+from mixerlab.lm.memory.curves import HELD, Curve, by_lag, lag_curve
 from mixerlab.lm.memory.fits import fit
 from mixerlab.lm.memory.influence import fixed_influence
 from mixerlab.lm.memory.plots import influence_figure, save
@@ -51,7 +51,7 @@ def measure(name: str, mixer: Mixer, length: int) -> Curve:
     x = torch.randn(1, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     influence = fixed_influence(mixer, x.expand(1, length, D), [0])  # the same input everywhere
     assert influence is not None
-    return lag_curve(name, "routing held", np.arange(1.0, length), by_lag(influence, [0]))
+    return lag_curve(name, HELD, np.arange(1.0, length), by_lag(influence, [0]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--projections",
         type=at_least(int, 2),
-        default=16,
+        default=8,
         help="random projections of each Jacobian; as many as it is wide are exact (default: %(default)s)",
     )
     parser.add_argument(

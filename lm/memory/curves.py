@@ -10,6 +10,7 @@ from torch import Tensor
 Array = NDArray[np.float64]
 
 BINS_PER_OCTAVE = 6
+HELD = "routing held"
 BAND = (10, 90)
 """Percentiles of the samples."""
 
@@ -19,18 +20,16 @@ class Curve:
     """A quantity against the lag t - tau, averaged over samples: sequences, seeds and sources."""
 
     subject: str
-    quantity: str
+    quantity: str  # ends in HELD where routing is held; else it is the norm of a Jacobian
     lags: Array  # (n,) mean lag of each bin
     mean: Array  # (n,) over samples
     low: Array  # (n,) and `high`: the percentiles BAND of the samples
     high: Array
     samples: int
+    source: float = 0.0
+    """Mean position of the sources: t = lag + source."""
     error: float = 0.0
     """Of single values, relative: where random projections estimate them."""
-
-    @property
-    def label(self) -> str:
-        return f"{self.subject} · {self.quantity}"
 
 
 def lag_edges(longest: int) -> Array:
@@ -40,7 +39,9 @@ def lag_edges(longest: int) -> Array:
     return np.append(edges, longest + 1) if edges[-1] <= longest else edges
 
 
-def lag_curve(subject: str, quantity: str, lags: Array, values: Array, error: float = 0.0) -> Curve:
+def lag_curve(
+    subject: str, quantity: str, lags: Array, values: Array, source: float = 0.0, error: float = 0.0
+) -> Curve:
     """The curve of values (samples, L), at least 0, at lags (L,) of at least 1, in increasing order.
 
     In a bin each sample has the geometric mean of its values, so that the curve of an exponential is exact at the
@@ -56,7 +57,7 @@ def lag_curve(subject: str, quantity: str, lags: Array, values: Array, error: fl
         means.append(np.exp(logs[:, found == bin].mean(1)))  # (samples,)
     table = np.stack(means, axis=1)  # (samples, n)
     low, high = np.percentile(table, BAND, axis=0)
-    return Curve(subject, quantity, np.array(at), table.mean(0), low, high, len(table), error)
+    return Curve(subject, quantity, np.array(at), table.mean(0), low, high, len(table), source, error)
 
 
 def by_lag(influence: Tensor, sources: list[int]) -> Array:

@@ -1,7 +1,8 @@
 """Which law a curve's tail follows: constant, exponential, a power of the lag, or none that can be told.
 
 The model: the logarithm of the value is a law plus noise, log v = a + b g(lag) + e, with g = 0 (constant), lag
-(exponential) or log lag (power law). The noise is normal, that is multiplicative and log-normal in the value, and
+(exponential) or log lag (power law). A power law may be one of t + 1 instead, as under even routing, whichever fits better;
+where the lag is long the two are one. The noise is normal, that is multiplicative and log-normal in the value, and
 correlated from one point to the next, e_i = rho e_{i-1} + n_i, rho >= 0: neighbouring lags share sequences and sources.
 All parameters, those of the noise too, are by maximum likelihood for each law. The noise is taken to be FLOOR at least,
 so that no law is refused for systematic deviations that nobody could see in a plot.
@@ -11,7 +12,7 @@ DECISIVE than its rivals, and if the sum of both laws, a power law times an expo
 SURPLUS: a curve in between is neither.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,16 +41,20 @@ class Law:
     rho: float
     sigma: float  # standard deviation of the noise
     aic: float
+    shift: float = 0.0
+    """Of a power law, (lag + shift)^-beta: 0, or what makes it one of t + 1."""
 
     def __call__(self, lags: Array) -> Array:
         if self.name == "constant":
             return np.full_like(lags, np.exp(self.intercept))
-        return np.exp(self.intercept + self.slope * (np.log(lags) if self.name == "power law" else lags))
+        g = np.log(lags + self.shift) if self.name == "power law" else lags
+        return np.exp(self.intercept + self.slope * g)
 
     @property
     def summary(self) -> str:
         if self.name == "power law":
-            return f"lag^{-self.exponent:+.3f} ± {2 * self.slope_error:.3f}"
+            base = "(t+1)" if self.shift else "lag"
+            return f"{base}^{self.slope:.3f} ± {2 * self.slope_error:.3f}"
         if self.name == "exponential":
             return (
                 f"half-life {self.half_life:.4g} lags"
@@ -87,26 +92,32 @@ def fit(curve: Curve, tail_from: float | None = None) -> Fit:
     """Fits each law to the values at lags of at least `tail_from`, by default 1/16 of the longest, and judges."""
     start = max(2.0, curve.lags[-1] / TAIL) if tail_from is None else tail_from
     chosen = (curve.lags >= start) & (curve.mean > SMALLEST * curve.mean.max())
-    return fit_points(curve.lags[chosen], curve.mean[chosen])
+    if not chosen.any():
+        return Fit({}, None, 0.0, f"nothing is left from lag {start:.0f} on")
+    return fit_points(curve.lags[chosen], curve.mean[chosen], curve.source + 1)
 
 
-def fit_points(lags: Array, values: Array) -> Fit:
-    """As `fit`, of lags (n,) in increasing order and values (n,) above 0."""
+def fit_points(lags: Array, values: Array, shift: float = 0.0) -> Fit:
+    """As `fit`, of lags (n,) in increasing order and values (n,) above 0; t + 1 is lag + `shift`."""
     if len(lags) < FEWEST:
         return Fit(
             {}, None, 0.0, f"only {len(lags)} points on the tail, of at least {FEWEST} that a fit needs"
         )
     y = np.log(values)
-    one, lag, log = np.ones_like(lags), lags / lags[-1], np.log(lags)
-    designs = {"constant": [one], "exponential": [one, lag], "power law": [one, log], "both": [one, log, lag]}
-    laws = {name: _maximise(name, np.stack(columns, 1), y) for name, columns in designs.items()}
-    both = laws.pop("both")
-    exponential = laws["exponential"]
-    laws["exponential"] = _rescaled(exponential, lags[-1])
+    one, lag = np.ones_like(lags), lags / lags[-1]  # of which sums of squares are well conditioned
+    laws = {
+        "constant": _maximise("constant", [one], y),
+        "exponential": _in_lags(_maximise("exponential", [one, lag], y), lags[-1]),
+    }
+    both = []
+    for s in sorted({0.0, shift}):
+        law = replace(_maximise("power law", [one, np.log(lags + s)], y), shift=s)
+        laws["power law"] = min(laws.get("power law", law), law, key=lambda law: law.aic)
+        both.append(_maximise("both", [one, np.log(lags + s), lag], y).aic)
     best, second = sorted(laws.values(), key=lambda law: law.aic)[:2]
     margin = second.aic - best.aic
     constant, power = laws["constant"], laws["power law"]
-    surplus = best.aic - both.aic
+    surplus = best.aic - min(both)
     winner: Law | None = best
     if constant.aic < min(power.aic, laws["exponential"].aic) + DECISIVE and surplus < DECISIVE:
         winner, reason = constant, "no slope that the noise would not explain"
@@ -125,13 +136,14 @@ def fit_points(lags: Array, values: Array) -> Fit:
     return Fit(laws, winner, margin, reason, float(lags[0]))
 
 
-def _rescaled(law: Law, unit: float) -> Law:
-    """An exponential fitted to lag / unit, in lags."""
-    return Law(law.name, law.intercept, law.slope / unit, law.slope_error / unit, law.rho, law.sigma, law.aic)
+def _in_lags(law: Law, unit: float) -> Law:
+    """An exponential fitted to lag / unit."""
+    return replace(law, slope=law.slope / unit, slope_error=law.slope_error / unit)
 
 
-def _maximise(name: str, design: Array, y: Array) -> Law:
+def _maximise(name: str, columns: list[Array], y: Array) -> Law:
     """Generalised least squares with first-order autoregressive noise, the likelihood maximised over rho."""
+    design = np.stack(columns, axis=1)
     return min((_given_rho(name, design, y, rho) for rho in CORRELATIONS), key=lambda law: law.aic)
 
 

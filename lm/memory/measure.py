@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixerlab.lm.memory.curves import Array, Curve, by_lag, lag_curve, lag_edges
+from mixerlab.lm.memory.curves import HELD, Array, Curve, by_lag, lag_curve, lag_edges
 from mixerlab.lm.memory.influence import fixed_influence, hidden, jacobian_norms, mixer_inputs
 from mixerlab.lm.memory.subject import Subject
 from mixerlab.lm.model.decoder import Decoder
@@ -33,8 +33,8 @@ class Measured:
 
     subject: Subject
     curves: list[Curve] = field(default_factory=list)
-    maps: dict[str, tuple[Array, Array, Array]] = field(default_factory=dict)
-    """Name of a layer -> influence (t, tau), and which t and tau those are; of the first sequence."""
+    maps: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    """Name of a layer -> influence (t, tau) within the first sequence, and which positions those are."""
     routing: dict[str, dict[str, Array]] = field(default_factory=dict)
     """Name of a layer -> what its mixer's `routing` says of the first words, averaged over heads: (T, T) or (T,)."""
     without: list[str] = field(default_factory=list)
@@ -57,6 +57,7 @@ def measure(
     samples: dict[str, list[Array]] = {}
     errors: dict[str, list[float]] = {}
     lags: dict[str, Array] = {}
+    centres: dict[str, float] = {}
     for number, decoder in enumerate(subject.decoders()):
         generator = torch.Generator().manual_seed(number)
         names = _layer_names(decoder)
@@ -69,16 +70,17 @@ def measure(
                 if influence is None:
                     found.without += [name] if first else []
                     continue
-                key = f"{name}, routing held"
+                key = f"{name}, {HELD}"
                 samples.setdefault(key, []).append(by_lag(influence, sources))
                 lags[key] = np.arange(1, samples[key][0].shape[1] + 1, dtype=float)
+                centres[key] = float(np.mean(sources))
                 if first:
                     _draw(found, name, block.mixer, x)
             for key, function, x in _functions(decoder, row, measures, names):
-                at, values, error = _pairs(function, x, projections, generator)
+                at, values, centre, error = _pairs(function, x, projections, generator)
                 samples.setdefault(key, []).append(values)
                 errors.setdefault(key, []).append(error)
-                lags[key] = at
+                lags[key], centres[key] = at, centre
     if found.without and measures == ["routing"] and not samples:
         raise ConfigError(
             f"--measure routing: {subject.label}: its mixers define no routing that could be held (mix_fixed); "
@@ -87,7 +89,8 @@ def measure(
     for key, rows in samples.items():
         error = float(np.median(errors[key])) if key in errors else 0.0
         if lags[key].size:
-            found.curves.append(lag_curve(subject.label, key, lags[key], np.concatenate(rows), error))
+            values = np.concatenate(rows)
+            found.curves.append(lag_curve(subject.label, key, lags[key], values, centres[key], error))
     return found
 
 
@@ -102,7 +105,7 @@ def _draw(found: Measured, name: str, mixer, x: Tensor) -> None:
     places = np.unique(np.linspace(0, T - 1, min(T, MAP_SIZE)).round()).astype(int)
     influence = fixed_influence(mixer, x, places.tolist())
     assert influence is not None
-    found.maps[name] = (influence[0, places].double().cpu().numpy(), places, places)
+    found.maps[name] = (influence[0, places].double().cpu().numpy(), places)
     routing = mixer.routing(x[:, :WORDS])
     found.routing[name] = {key: value[0].mean(0).double().cpu().numpy() for key, value in routing.items()}
 
@@ -120,19 +123,19 @@ def _functions(decoder: Decoder, row: Tensor, measures: list[str], names: list[s
 
 def _pairs(
     function: Callable[[Tensor], Tensor], x: Tensor, projections: int, generator: torch.Generator
-) -> tuple[Array, Array, float]:
-    """Lags (L,) and norms (1, L), both means over a few neighbouring sources; of one output in each bin of the lag."""
+) -> tuple[Array, Array, float, float]:
+    """Lags (L,) and norms (1, L), means over neighbouring sources, of one output in each bin; mean source; error."""
     T = len(x)
     sources = sources_of(T)
     middle = len(sources) // 2
     sources = list(range(sources[middle], min(sources[middle] + JACOBIAN_SOURCES, T - 1)))
-    edges = lag_edges(T - 1 - sources[-1])[:-1].astype(int)
+    edges = lag_edges(T - 1 - sources[-1])[:-1:2].astype(int)  # three an octave are enough
     norms, errors = [], []
     for lag in edges:
         result = jacobian_norms(function, x, sources[-1] + int(lag), projections, generator)
         norms.append(result.norms[sources].double().cpu().numpy())
         errors.append(float(result.error[sources].median()))
-    lags = edges + sources[-1] - np.mean(sources)
+    centre = float(np.mean(sources))
     with np.errstate(divide="ignore"):
         table = np.exp(np.log(np.stack(norms, 1)).mean(0, keepdims=True))
-    return lags.astype(float), table, float(np.median(errors))
+    return edges + sources[-1] - centre, table, centre, float(np.median(errors))

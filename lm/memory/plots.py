@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from mixerlab.lm.memory.curves import BAND, Array, Curve
+from mixerlab.lm.memory.curves import BAND, HELD, Array, Curve
 from mixerlab.lm.memory.fits import SMALLEST, Fit
 
 LEAST_DRAWN = 1e-12
@@ -21,19 +21,22 @@ LEAST_DRAWN = 1e-12
 def influence_figure(curves: Sequence[Curve], fits: Sequence[Fit]) -> Figure:
     """A row for each kind of quantity: log-log at the left, semi-log at the right, laws dashed over their tails."""
     kinds = list(dict.fromkeys(_kind(curve) for curve in curves))
-    figure = Figure(figsize=(12, 4.6 * len(kinds)), layout="constrained")
+    figure = Figure(figsize=(13, 4.6 * len(kinds)), layout="constrained")
     axes = figure.subplots(len(kinds), 2, squeeze=False)
+    one_subject = len({curve.subject for curve in curves}) == 1
     for kind, (loglog, semilog) in zip(kinds, axes, strict=True):
         chosen = [(c, f) for c, f in zip(curves, fits, strict=True) if _kind(c) == kind]
-        top = max(curve.mean.max() for curve, _ in chosen)
-        colours = mpl.colormaps["viridis" if len(chosen) > 10 else "tab10"]
+        least = LEAST_DRAWN * max(curve.mean.max() for curve, _ in chosen)
         for i, (curve, fit) in enumerate(chosen):
-            colour = colours(i / len(chosen) if len(chosen) > 10 else i)
+            colour = mpl.colormaps["turbo"]((i + 0.5) / len(chosen))
+            name = curve.quantity.removesuffix(f", {HELD}")
+            label = _plain(name if one_subject else f"{curve.subject} · {name}")
             for axis in (loglog, semilog):
-                _draw(axis, curve, fit, colour, top * LEAST_DRAWN)
+                _draw(axis, curve, fit, colour, label, least, alpha=0.5 / (2 + len(chosen)))
         loglog.set_xscale("log")
         for axis in (loglog, semilog):
-            axis.set_yscale("log")
+            if least > 0:  # else nothing is drawn
+                axis.set_yscale("log")
             axis.set_xlabel("lag t - τ")
             axis.grid(alpha=0.25)
         loglog.set_ylabel(kind)
@@ -47,23 +50,23 @@ def influence_figure(curves: Sequence[Curve], fits: Sequence[Fit]) -> Figure:
 
 
 def _kind(curve: Curve) -> str:
-    return "Frobenius norm of the Jacobian" if "Jacobian" in curve.quantity else "influence, routing held"
+    return f"influence, {HELD}" if curve.quantity.endswith(HELD) else "Frobenius norm of the Jacobian"
 
 
-def _draw(axis: Axes, curve: Curve, fit: Fit, colour, least: float) -> None:
+def _draw(axis: Axes, curve: Curve, fit: Fit, colour, label: str, least: float, alpha: float) -> None:
+    law = fit.winner
     seen = curve.mean > max(least, SMALLEST * curve.mean.max())
     lags = curve.lags[seen]
-    law = fit.winner
-    label = f"{curve.label}: {law.summary if law else 'no law named'}"
-    (line,) = axis.plot(lags, curve.mean[seen], color=colour, lw=1.5)
-    line.set_label(_plain(label))
-    axis.fill_between(
-        lags, np.maximum(curve.low[seen], least), curve.high[seen], color=colour, alpha=0.15, lw=0
+    axis.plot(
+        lags, curve.mean[seen], color=colour, label=f"{label}: {law.summary if law else 'no law named'}"
     )
+    if not seen.any():
+        return
+    low = np.maximum(curve.low[seen], least)
+    axis.fill_between(lags, low, curve.high[seen], color=colour, alpha=alpha, lw=0)
     if law is not None:
         tail = lags[lags >= fit.start]
-        drawn = law(tail)
-        axis.plot(tail[drawn > least], drawn[drawn > least], "--", color=colour, lw=2.5, alpha=0.6)
+        axis.plot(tail, law(tail), "--", color=colour, lw=2.5, alpha=0.6)
 
 
 def _plain(text: str) -> str:
@@ -71,54 +74,47 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def heat_figure(
-    title: str, influence: Array, t: Array, tau: Array, words: Sequence[str] | None = None
-) -> Figure:
-    """Influence (t, tau), in logarithmic colours over the six decades below its maximum."""
+def heat_figure(title: str, influence: Array, places: Array) -> Figure:
+    """Influence (t, tau) at those places, in logarithmic colours over the six decades below its maximum."""
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axis = figure.subplots()
-    _matrix(figure, axis, influence, words, logarithmic=True, t=t, tau=tau)
+    _matrix(figure, axis, influence, places, decades=6)
     axis.set_title(_plain(title), fontsize=10)
     return figure
 
 
 def routing_figure(title: str, routing: dict[str, Array], words: Sequence[str] | None) -> Figure:
-    """Weights (T, T) as matrices, and values (T,) as bars over the tokens, side by side."""
-    figure = Figure(figsize=(7.2 * len(routing), 7.4), layout="constrained")
-    for axis, (name, value) in zip(
-        figure.subplots(1, len(routing), squeeze=False)[0], routing.items(), strict=True
-    ):
+    """Weights (T, T) as matrices over three decades, and values (T,) as bars over the tokens, side by side."""
+    figure = Figure(figsize=(7.2 * len(routing), 6.6), layout="constrained")
+    axes = figure.subplots(1, len(routing), squeeze=False)[0]
+    for axis, (name, value) in zip(axes, routing.items(), strict=True):
+        places = np.arange(len(value))
         if value.ndim == 2:
-            _matrix(figure, axis, value, words, logarithmic=False)
+            _matrix(figure, axis, value, places, decades=3)
+            _ticks(axis.yaxis, words, len(value))
         else:
-            axis.bar(np.arange(len(value)), value, color="tab:blue")
+            axis.bar(places, value, color="tab:blue")
             axis.margins(x=0)
-            _ticks(axis.xaxis, words, len(value), rotation=90)
             axis.grid(alpha=0.25, axis="y")
+        _ticks(axis.xaxis, words, len(value), rotation=90)
         axis.set_title(_plain(f"{name}: {title}"), fontsize=10)
     return figure
 
 
-def _matrix(
-    figure: Figure,
-    axis: Axes,
-    matrix: Array,
-    words: Sequence[str] | None,
-    logarithmic: bool,
-    t: Array | None = None,
-    tau: Array | None = None,
-) -> None:
-    top = max(float(matrix.max()), 1e-30)
-    shown = np.ma.masked_less_equal(matrix, 0 if logarithmic else -1)
-    norm = LogNorm(top * 1e-6, top) if logarithmic else None
-    n = len(matrix)
-    places = (np.arange(n), np.arange(n)) if t is None or tau is None else (tau, t)
-    mesh = axis.pcolormesh(*places, shown, norm=norm, cmap="magma", shading="nearest", rasterized=True)
+def _matrix(figure: Figure, axis: Axes, matrix: Array, places: Array, decades: int) -> None:
+    """Rows t, columns tau; grey where there is nothing."""
+    top = max(float(matrix.max()), SMALLEST)
+    mesh = axis.pcolormesh(
+        places,
+        places,
+        np.ma.masked_less_equal(matrix, 0),
+        norm=LogNorm(top * 10**-decades, top),
+        cmap="magma",
+        shading="nearest",
+    )
     axis.invert_yaxis()
     axis.set_facecolor("0.85")
     figure.colorbar(mesh, ax=axis, shrink=0.7)
-    _ticks(axis.xaxis, words, n, rotation=90)
-    _ticks(axis.yaxis, words, n)
     axis.set_xlabel("input τ")
     axis.set_ylabel("output t")
 

@@ -74,10 +74,10 @@ def write(folder: Path, measured: Sequence[Measured], fits: Sequence[Fit]) -> li
     for one in measured:
         prefix = "" if len(measured) == 1 else f"{_slug(one.subject.label)}-"
         words = None if one.subject.words is None else one.subject.words[:WORDS]
-        for layer, (influence, t, tau) in one.maps.items():
+        for layer, (influence, places) in one.maps.items():
             title = f"{one.subject.label}, {layer}: influence, routing held"
-            pictures[f"{prefix}{_slug(layer)}-map.png"] = plots.heat_figure(title, influence, t, tau)
-            table = pd.DataFrame(influence, index=pd.Index(t, name="t"), columns=tau)
+            pictures[f"{prefix}{_slug(layer)}-map.png"] = plots.heat_figure(title, influence, places)
+            table = pd.DataFrame(influence, index=pd.Index(places, name="t"), columns=places)
             tables[f"{prefix}{_slug(layer)}-map.csv"] = table.reset_index()
         for layer, routing in one.routing.items():
             if routing:

@@ -83,6 +83,14 @@ def test_the_likelihood_is_that_of_autoregressive_normal_noise():
         assert law.aic == pytest.approx(2 * parameters - 2 * log_likelihood, abs=1e-6)
 
 
+def test_a_power_of_the_position_is_told_from_one_of_the_lag():
+    for shift, base in ((0.0, "lag"), (20.0, "(t+1)")):
+        found = fit_points(LAGS, np.exp(-0.7 * np.log(LAGS + shift) + noise(0, 0.01)), shift=20.0)
+        assert found.winner.summary.startswith(f"{base}^-0.")
+        assert found.winner.exponent == pytest.approx(0.7, abs=0.02)
+        np.testing.assert_allclose(found.winner(LAGS), (LAGS + shift) ** -0.7, rtol=0.05)
+
+
 def test_few_points_are_not_fitted():
     found = fit_points(LAGS[: FEWEST - 1], np.ones(FEWEST - 1))
     assert found.winner is None
