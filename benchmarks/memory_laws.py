@@ -13,37 +13,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from mixerlab.lm.memory.curves import HELD, Curve, by_lag, lag_curve
 from mixerlab.lm.memory.fits import fit
 from mixerlab.lm.memory.influence import fixed_influence
 from mixerlab.lm.memory.plots import influence_figure, save
 from mixerlab.lm.memory.report import sentence
-from mixerlab.mixers import Mixer, build_mixer
+from mixerlab.mixers import Mixer
+from mixerlab.mixers.attention import Attention, AttentionConfig
+from mixerlab.mixers.mamba2 import Mamba2, Mamba2Config
+from mixerlab.mixers.sessa import Sessa, SessaConfig
 
 D = 16
 
 
 def attention() -> Mixer:
-    mixer = build_mixer("attention", D).double()
-    torch.nn.init.zeros_(mixer.q_proj.weight)
+    mixer = Attention(AttentionConfig(), D).double()
+    nn.init.zeros_(mixer.q_proj.weight)
     return mixer
 
 
 def sessa(gain: float) -> Mixer:
-    mixer = build_mixer("sessa", D).double()
+    mixer = Sessa(SessaConfig(), D).double()
     for projection in (mixer.q_proj, mixer.proj_fb, mixer.gamma_ctx):
         for parameter in projection.parameters():
-            torch.nn.init.zeros_(parameter)
-    torch.nn.init.constant_(mixer.gamma_bias, math.atanh(gain / mixer.sessa.gamma_max))
+            nn.init.zeros_(parameter)
+    nn.init.constant_(mixer.gamma_bias, math.atanh(gain / mixer.sessa.gamma_max))
     return mixer
 
 
 def mamba2(step: float) -> Mixer:
-    mixer = build_mixer("mamba2", D).double()
-    torch.nn.init.zeros_(mixer.in_proj.weight[-mixer.n_heads :].detach())
-    torch.nn.init.zeros_(mixer.A_log)  # A = -1: the rate is the step
-    torch.nn.init.constant_(mixer.dt_bias, step + math.log(-math.expm1(-step)))
+    mixer = Mamba2(Mamba2Config(), D).double()
+    nn.init.zeros_(mixer.in_proj.weight[-mixer.n_heads :].detach())
+    nn.init.zeros_(mixer.A_log)  # A = -1: the rate is the step
+    nn.init.constant_(mixer.dt_bias, step + math.log(-math.expm1(-step)))
     return mixer
 
 

@@ -85,7 +85,7 @@ class Mamba(Mixer):
 
     def _select(
         self, x: Tensor, tail: Tensor, segment_ids: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """x' (B, T, E) behind tail (B, W - 1, E) -> the scan's input, its dt, A, B and C, and the new tail."""
         padded = torch.cat((tail.to(x.dtype), x), dim=1)  # (B, W - 1 + T, E)
         new_tail = padded[:, x.shape[1] :]  # (B, W - 1, E)
@@ -128,11 +128,12 @@ class Mamba(Mixer):
         """As every mixer's, per channel: the scan, and the skip past it."""
         x, _ = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E)
         x, selected, _ = self._select(x, self._no_tail(x), segment_ids)
-        options = {"segment_ids": segment_ids, "backend": self.config.backend}
-        mixed = [
-            selective_scan(column[..., None].expand_as(x).to(x.dtype), *selected, self.D, **options)
-            for column in values.unbind(-1)
-        ]  # (B, T, E) each
+        mixed = []
+        for column in values.to(x.dtype).split(1, dim=-1):  # (B, T, 1) each
+            y = selective_scan(
+                column.expand_as(x), *selected, self.D, segment_ids=segment_ids, backend=self.config.backend
+            )
+            mixed.append(y)  # (B, T, E)
         return torch.stack(mixed, dim=-1).transpose(1, 2)  # (B, E, T, C)
 
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> MambaState:

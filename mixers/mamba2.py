@@ -120,7 +120,7 @@ class Mamba2(Mixer):
 
     def _select(
         self, x: Tensor, tail: Tensor, segment_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """x (B, T, D) behind tail (B, W - 1, X) -> gate z and SSD's input, its dt, A, B and C, and the new tail."""
         z, x, dt = self.in_proj(x).split((self.inner, self.channels, self.n_heads), dim=-1)  # E, X and H wide
         padded = torch.cat((tail.to(x.dtype), x), dim=1)  # (B, W - 1 + T, X)

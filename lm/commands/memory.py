@@ -84,9 +84,9 @@ def main(arguments: Sequence[str]) -> int:
         for name in names:
             for mixer in mixers or [""]:
                 chosen = [*overrides, *([f"model.mixer={mixer}"] if mixer else [])]
-                one = subject(name, chosen, args.allow_plugins, **options)
+                looked_at = subject(name, chosen, args.allow_plugins, **options)
                 measures = args.measure or ["routing", "decoder"]
-                measured.append(measure(one, measures, args.projections, status.update))
+                measured.append(measure(looked_at, measures, args.projections, status.update))
     fits = [fit(curve, args.tail_from) for one in measured for curve in one.curves]
     alone = measured[0].subject.run if len(measured) == 1 else None
     folder = args.out or (Path("memory") if alone is None else alone.path / "memory")

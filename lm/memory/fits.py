@@ -1,9 +1,10 @@
 """Which law a curve's tail follows: constant, exponential, a power of the lag, or none that can be told.
 
 The model: the logarithm of the value is a law plus noise, log v = a + b g(lag) + e, with g = 0 (constant), lag
-(exponential) or log lag (power law). A power law may be one of t + 1 instead, as under even routing, whichever fits better;
-where the lag is long the two are one. The noise is normal, that is multiplicative and log-normal in the value, and
-correlated from one point to the next, e_i = rho e_{i-1} + n_i, rho >= 0: neighbouring lags share sequences and sources.
+(exponential) or log lag (power law). A power law may be one of t + 1 instead, as under even routing, whichever fits
+better; where the lag is long the two are one. The noise is normal, that is multiplicative and log-normal in the value,
+and correlated from one point to the next, e_i = rho e_{i-1} + n_i, rho >= 0: neighbouring lags share sequences and
+sources.
 All parameters, those of the noise too, are by maximum likelihood for each law. The noise is taken to be FLOOR at least,
 so that no law is refused for systematic deviations that nobody could see in a plot.
 

@@ -95,7 +95,7 @@ def jacobian_norms(
     pulled = []
     for piece in w.to(x).split(AT_ONCE):
         rows = x.expand(len(piece), -1, -1)  # (P, t + 1, D)
-        _, pull_back = torch.func.vjp(lambda y: function(y)[:, t], rows)
+        pull_back = torch.func.vjp(lambda y: function(y)[:, t], rows)[1]
         pulled.append(pull_back(piece)[0])
     g = torch.cat(pulled).detach()  # (P, t + 1, D)
     total = g.square().sum((0, 2))  # (t + 1,)

@@ -88,7 +88,7 @@ def routing_figure(title: str, routing: dict[str, Array], words: Sequence[str] |
     figure = Figure(figsize=(7.2 * len(routing), 6.6), layout="constrained")
     axes = figure.subplots(1, len(routing), squeeze=False)[0]
     for axis, (name, value) in zip(axes, routing.items(), strict=True):
-        places = np.arange(len(value))
+        places = np.arange(len(value), dtype=float)
         if value.ndim == 2:
             _matrix(figure, axis, value, places, decades=3)
             _ticks(axis.yaxis, words, len(value))
@@ -133,5 +133,5 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens may be of any script
-        figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
+        figure.savefig(buffer, dpi=90, format="png", metadata={"Software": None})
     return buffer.getvalue()

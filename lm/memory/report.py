@@ -119,7 +119,7 @@ def _page(
             parts.append(f'<h3>{path.stem}</h3><img alt="{path.stem}" src="data:image/png;base64,{data}">')
     parts.append(
         "<h2>The laws fitted</h2>"
-        + fit_table(curves, fits).to_html(index=False, float_format="%.5g", border=0)
+        + fit_table(curves, fits).to_html(index=False, float_format="{:.5g}".format, border=0)
     )
     parts.append("<h2>The numbers</h2><ul>")
     for path in files:

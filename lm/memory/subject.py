@@ -56,9 +56,10 @@ def run_subject(
 ) -> Subject:
     """A trained run, on rows of its validation split or on a text. Raises ConfigError."""
     recipe = run.recipe
+    tokenizer: TextTokenizer | None
     if text is not None:
-        tokens, tokenizer = _of_text(run.tokenizer(), text, length, sequences, recipe), run.tokenizer()
-        about = "a text given"
+        tokenizer = run.tokenizer()
+        tokens, about = _of_text(tokenizer, text, length, sequences, recipe), "a text given"
     else:
         data = build_data(recipe.data, recipe.seed)
         data.prepare()
@@ -140,7 +141,7 @@ def _validation(data: DataModule, length: int | None, sequences: int) -> tuple[T
     tokens = torch.cat([*whole, *mixed])[:needed]
     length = min(length, len(tokens))
     about = "its validation text"
-    if len(torch.cat(whole)) < len(tokens) if whole else True:
+    if sum(map(len, whole)) < needed:
         about += ", in which documents that share a row see each other"
     return tokens[: len(tokens) // length * length].view(-1, length), about
 

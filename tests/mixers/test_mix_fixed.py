@@ -26,6 +26,10 @@ def every(time=T):
     return torch.eye(time, dtype=torch.float64)[None]
 
 
+def held(mixer, *arguments):
+    return mixer.mix_fixed(*arguments)
+
+
 def value_jacobian(mixer, x, segment_ids, mixed=None):
     """d output / d values, (T, D, T, G * K), where queries, keys and gains stay those of `x`."""
     given, n_values = Given(), mixer.v_proj.out_features
@@ -52,7 +56,7 @@ def value_jacobian(mixer, x, segment_ids, mixed=None):
 def test_each_head_has_the_derivative_of_its_output_with_respect_to_its_values(spec, segment_ids):
     mixer = double(lambda d: build_mixer(spec, d), D)
     x = inputs(1, T, D)
-    influence = mixer.mix_fixed(x, every(), segment_ids)[0]
+    influence = held(mixer, x, every(), segment_ids)[0]
     heads, groups, width = mixer.n_heads, mixer.n_kv_heads, mixer.head_dim
     jacobian = value_jacobian(mixer, x, segment_ids)
     for h in range(heads):
@@ -66,7 +70,7 @@ def test_sessa_has_a_path_from_each_forward_head_through_each_feedback_head(shif
     spec = {"name": "sessa", "n_heads": 2, "n_feedback_heads": 2}
     mixer = double(lambda d: build_mixer(spec, d), D)
     x = inputs(1, T, D)
-    influence = mixer.mix_fixed(x, every(), segment_ids)[0]
+    influence = held(mixer, x, every(), segment_ids)[0]
     rolled = torch.nn.Linear(D, D, bias=False, dtype=torch.float64)
     rolled.weight.data = torch.eye(D, dtype=torch.float64).roll(shift * D // 2, 0)  # which head feeds which
     jacobian = value_jacobian(mixer, x, segment_ids, rolled)
@@ -79,7 +83,7 @@ def test_sessa_has_a_path_from_each_forward_head_through_each_feedback_head(shif
 def test_attention_without_queries_spreads_evenly():
     mixer = build_mixer("attention", D).double()
     mixer.q_proj.weight.data.zero_()
-    influence = mixer.mix_fixed(inputs(1, 50, D), every(50))[0]
+    influence = held(mixer, inputs(1, 50, D), every(50))[0]
     expected = (1 / torch.arange(1, 51, dtype=torch.float64)[:, None]).expand(50, 50).tril()
     torch.testing.assert_close(influence, expected.expand_as(influence), rtol=1e-14, atol=0)
 
@@ -117,7 +121,7 @@ def test_mamba_has_its_transition_products(monkeypatch, segment_ids):
     (u, dt, A, B_in, C_out, skip), y = captured(
         monkeypatch, mixerlab.mixers.mamba, "selective_scan", mixer, x, segment_ids
     )
-    influence = mixer.mix_fixed(x, every(), segment_ids)[0]
+    influence = held(mixer, x, every(), segment_ids)[0]
     for e in range(mixer.inner):
         expected = skip[e] * every()[0]
         for n in range(3):
@@ -135,7 +139,7 @@ def test_mamba2_has_its_transition_products(monkeypatch, segment_ids):
     (u, dt, A, B_in, C_out, skip), y = captured(
         monkeypatch, mixerlab.mixers.mamba2, "ssd", mixer, x, segment_ids
     )
-    influence = mixer.mix_fixed(x, every(), segment_ids)[0]
+    influence = held(mixer, x, every(), segment_ids)[0]
     for h in range(mixer.n_heads):
         group = h * 2 // mixer.n_heads
         products = decays(dt[0, :, h], A[h], segment_ids)
@@ -156,17 +160,17 @@ def test_selective_attention_has_the_paths_past_it_and_through_it():
     attention = mixer.attention.mix_fixed(h, every(), selected=attending > 0.5)[0]
     amount = (attending * alpha)[0, :, None]
     expected = [(1 - amount) * low + amount * (high @ low) for high in attention for low in below]
-    torch.testing.assert_close(mixer.mix_fixed(x, every())[0], torch.stack(expected))
+    torch.testing.assert_close(held(mixer, x, every())[0], torch.stack(expected))
 
 
 def test_two_mixers_side_by_side_have_the_heads_of_both():
     mixer = double(lambda d: build_mixer("parallel", d), D)
     x = inputs(1, T, D)
-    both = mixer.mix_fixed(x, every())
+    both = held(mixer, x, every())
     apart = [part.mix_fixed(x, every()) for part in (mixer.first, mixer.second)]
     torch.testing.assert_close(both, torch.cat(apart, dim=1))
     mixer.second.mix_fixed = lambda *_: None
-    assert mixer.mix_fixed(x, every()) is None, "half of it would be no answer"
+    assert held(mixer, x, every()) is None, "half of it would be no answer"
 
 
 def test_sessa_shows_what_it_routes_by():
@@ -175,7 +179,7 @@ def test_sessa_shows_what_it_routes_by():
     shown = mixer.routing(x)
     feedback = shown["gain"][..., None] * shown["feedback attention"]  # (1, 1, T, T)
     solved = torch.linalg.solve(every() - feedback, shown["forward attention"])
-    torch.testing.assert_close(mixer.mix_fixed(x, every()), solved)
+    torch.testing.assert_close(held(mixer, x, every()), solved)
     apart = mixer.routing(x, SEGMENTS)["feedback attention"]
     torch.testing.assert_close(apart[..., 3:, 3:], mixer.routing(x[:, 3:])["feedback attention"])
     assert (apart[..., 3:, :3] == 0).all()

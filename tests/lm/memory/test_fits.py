@@ -88,7 +88,7 @@ def test_a_power_of_the_position_is_told_from_one_of_the_lag():
         found = fit_points(LAGS, np.exp(-0.7 * np.log(LAGS + shift) + noise(0, 0.01)), shift=20.0)
         assert found.winner.summary.startswith(f"{base}^-0.")
         assert found.winner.exponent == pytest.approx(0.7, abs=0.02)
-        np.testing.assert_allclose(found.winner(LAGS), (LAGS + shift) ** -0.7, rtol=0.05)
+        np.testing.assert_allclose(found.laws["power law"](LAGS), (LAGS + shift) ** -0.7, rtol=0.05)
 
 
 def test_few_points_are_not_fitted():

@@ -14,6 +14,7 @@ from mixerlab.lm.memory.fits import fit, fit_points
 from mixerlab.lm.memory.influence import fixed_influence, jacobian_norms, mixer_inputs
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.mixers import MIXERS, Mixer, build_mixer
+from mixerlab.mixers.mamba2 import Mamba2, Mamba2Config
 from mixerlab.mixers.testing import double, inputs
 
 T = 4097
@@ -42,10 +43,16 @@ def uniform_sessa(gain, d_model=8):
     return mixer
 
 
+def influence_of(mixer, x, sources):
+    influence = fixed_influence(mixer, x, sources)
+    assert influence is not None
+    return influence[0]
+
+
 class Solve(Mixer):
     """The feedback solve alone, with uniform routing: s = (I - B)^-1 f, `depth` times."""
 
-    def __init__(self, gain, depth=1, compensated=False):
+    def __init__(self, gain: float, depth: int = 1, compensated: bool = False):
         super().__init__()
         self.gain, self.depth, self.compensated = gain, depth, compensated
 
@@ -62,7 +69,7 @@ class Solve(Mixer):
 @pytest.mark.parametrize("gain", [0.1, 0.5, 0.9])
 def test_the_solve_under_uniform_routing_has_the_closed_form_and_its_exponent(gain):
     sources = [0, 1, 17, 1000]
-    influence = fixed_influence(Solve(gain), inputs(1, T, 1), sources)[0].numpy()
+    influence = influence_of(Solve(gain), inputs(1, T, 1), sources).numpy()
     for c, tau in enumerate(sources):
         np.testing.assert_allclose(influence[tau + 1 :, c], closed_form(gain, tau, T - 1 - tau), rtol=1e-6)
     curve = lag_curve("", "", np.arange(1.0, T), influence[None, 1:, 0])
@@ -73,7 +80,7 @@ def test_the_solve_under_uniform_routing_has_the_closed_form_and_its_exponent(ga
 
 @pytest.mark.parametrize("gain", [0.1, 0.5, 0.9])
 def test_sessa_under_uniform_routing_has_the_closed_form_of_both_branches(gain):
-    influence = fixed_influence(uniform_sessa(gain), inputs(1, T, 8), [0, 30])[0].numpy()
+    influence = influence_of(uniform_sessa(gain), inputs(1, T, 8), [0, 30]).numpy()
     # Attention gives f_j = 1 / (j + 1) from tau on; each of them is answered by the solve.
     for c, tau in enumerate([0, 30]):
         f = 1 / np.arange(tau + 1, T + 1)
@@ -89,7 +96,7 @@ def test_sessa_under_uniform_routing_has_the_closed_form_of_both_branches(gain):
 def test_attention_without_queries_falls_as_one_over_the_position():
     mixer = build_mixer("attention", 8).double()
     mixer.q_proj.weight.data.zero_()
-    influence = fixed_influence(mixer, inputs(1, T, 8), [0, 100])[0]
+    influence = influence_of(mixer, inputs(1, T, 8), [0, 100])
     expected = 1 / torch.arange(1, T + 1, dtype=torch.float64)
     torch.testing.assert_close(influence[:, 0], expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(influence[100:, 1], expected[100:], rtol=1e-13, atol=0)
@@ -100,7 +107,7 @@ def test_attention_without_queries_falls_as_one_over_the_position():
 
 @pytest.mark.parametrize("step", [1e-3, 0.02])
 def test_mamba2_with_constant_steps_has_its_exponential_rate(step):
-    mixer = build_mixer("mamba2", 8).double()
+    mixer = Mamba2(Mamba2Config(), 8).double()
     mixer.dt_bias.data.fill_(step + math.log(-math.expm1(-step)))
     mixer.in_proj.weight.data[-mixer.n_heads :].zero_()  # steps do not depend on the input
     mixer.A_log.data.fill_(math.log(3.0))
@@ -114,9 +121,7 @@ def test_mamba2_with_constant_steps_has_its_exponential_rate(step):
 @pytest.mark.parametrize("depth", [2, 3])
 def test_stacked_solves_have_the_product_of_the_matrices_and_decay_more_slowly(depth):
     gain, time = 0.5, 600
-    one, stacked = (
-        fixed_influence(Solve(gain, k), inputs(1, time, 1), list(range(time)))[0] for k in (1, depth)
-    )
+    one, stacked = (influence_of(Solve(gain, k), inputs(1, time, 1), list(range(time))) for k in (1, depth))
     torch.testing.assert_close(stacked, torch.linalg.matrix_power(one, depth), rtol=1e-6, atol=1e-12)
     tails = [
         fit_points(np.arange(64.0, time), x[64:, 0].numpy()).laws["power law"].exponent
@@ -128,7 +133,7 @@ def test_stacked_solves_have_the_product_of_the_matrices_and_decay_more_slowly(d
 @pytest.mark.parametrize(("depth", "gain"), [(1, 0.5), (2, 0.5), (2, 0.3), (3, 0.3)])
 def test_with_the_source_weighting_compensated_the_tail_follows_the_papers_exponent(depth, gain):
     mixer = Solve(gain, depth, compensated=True)
-    influence = fixed_influence(mixer, inputs(1, T, 1), [0])[0, 1:, 0].numpy()
+    influence = influence_of(mixer, inputs(1, T, 1), [0])[1:, 0].numpy()
     found = fit(lag_curve("", "", np.arange(1.0, T), influence[None]))
     beta = 1 - gain
     assert found.laws["power law"].slope == pytest.approx(depth * (1 - beta) - 1, abs=0.05)
