@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     judged = iter(fits)
     for one in measured:
         n, T = one.subject.tokens.shape
-        print(f"{one.subject.label} ({n} sequences of {T} tokens: {one.subject.about})")
+        print(f"{one.subject.label} ({n} x {T} tokens: {one.subject.about})")
         for curve in one.curves:
             print(f"  {report.sentence(curve, next(judged))}")
         if one.without:

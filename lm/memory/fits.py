@@ -4,13 +4,12 @@ The model: the logarithm of the value is a law plus noise, log v = a + b g(lag) 
 (exponential) or log lag (power law). A power law may be one of t + 1 instead, as under even routing, whichever fits
 better; where the lag is long the two are one. The noise is normal, that is multiplicative and log-normal in the value,
 and correlated from one point to the next, e_i = rho e_{i-1} + n_i, rho >= 0: neighbouring lags share sequences and
-sources.
-All parameters, those of the noise too, are by maximum likelihood for each law. The noise is taken to be FLOOR at least,
-so that no law is refused for systematic deviations that nobody could see in a plot.
+sources. All parameters, those of the noise too, are by maximum likelihood for each law. The noise is taken to be FLOOR
+at least, so that no law is refused for systematic deviations that nobody could see in a plot.
 
 Laws are compared by Akaike's criterion, AIC = 2 parameters - 2 log-likelihood. A law is named if it is better by
-DECISIVE than its rivals, and if the sum of both laws, a power law times an exponential, is not better than it by
-SURPLUS: a curve in between is neither.
+DECISIVE than its rivals, and if a power law times an exponential, which has both as special cases, is not better than
+it by SURPLUS: a curve in between is neither. A constant is named where nothing is better than it by DECISIVE.
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +21,8 @@ from mixerlab.lm.memory.curves import Array, Curve
 FLOOR = 0.01
 """Of the noise's standard deviation: one percent of the value."""
 DECISIVE, SURPLUS = 6.0, 4.0
+MOST_HIDDEN = 0.1
+"""Two standard errors of the exponent, beyond which no constant is named."""
 FEWEST = 8
 """Points below which nothing is fitted."""
 SMALLEST = 1e-30
@@ -81,8 +82,6 @@ class Fit:
 
     laws: dict[str, Law]
     winner: Law | None
-    margin: float
-    """AIC of the second best of the laws less that of the best."""
     reason: str
     """Why that one, or none."""
     start: float = 0.0
@@ -92,18 +91,17 @@ class Fit:
 def fit(curve: Curve, tail_from: float | None = None) -> Fit:
     """Fits each law to the values at lags of at least `tail_from`, by default 1/16 of the longest, and judges."""
     start = max(2.0, curve.lags[-1] / TAIL) if tail_from is None else tail_from
-    chosen = (curve.lags >= start) & (curve.mean > SMALLEST * curve.mean.max())
-    if not chosen.any():
-        return Fit({}, None, 0.0, f"nothing is left from lag {start:.0f} on")
+    tail = curve.lags >= start
+    chosen = tail & (curve.mean > SMALLEST * curve.mean.max())
+    if tail.any() and not chosen.any():
+        return Fit({}, None, f"nothing is left from lag {start:.0f} on")
     return fit_points(curve.lags[chosen], curve.mean[chosen], curve.source + 1)
 
 
 def fit_points(lags: Array, values: Array, shift: float = 0.0) -> Fit:
     """As `fit`, of lags (n,) in increasing order and values (n,) above 0; t + 1 is lag + `shift`."""
     if len(lags) < FEWEST:
-        return Fit(
-            {}, None, 0.0, f"only {len(lags)} points on the tail, of at least {FEWEST} that a fit needs"
-        )
+        return Fit({}, None, f"only {len(lags)} points on the tail, of at least {FEWEST} that a fit needs")
     y = np.log(values)
     one, lag = np.ones_like(lags), lags / lags[-1]  # of which sums of squares are well conditioned
     laws = {
@@ -115,26 +113,24 @@ def fit_points(lags: Array, values: Array, shift: float = 0.0) -> Fit:
         law = replace(_maximise("power law", [one, np.log(lags + s)], y), shift=s)
         laws["power law"] = min(laws.get("power law", law), law, key=lambda law: law.aic)
         both.append(_maximise("both", [one, np.log(lags + s), lag], y).aic)
+    winner, reason = _judge(laws, min(both))
+    return Fit(laws, winner, reason, float(lags[0]))
+
+
+def _judge(laws: dict[str, Law], both: float) -> tuple[Law | None, str]:
+    """The law to be named, if any, and why; `both` is the AIC of a power law times an exponential."""
     best, second = sorted(laws.values(), key=lambda law: law.aic)[:2]
+    constant, power, exponential = (laws[name] for name in ("constant", "power law", "exponential"))
+    if constant.aic < min(power.aic, exponential.aic, both) + DECISIVE:
+        if 2 * power.slope_error > MOST_HIDDEN:
+            return None, "too noisy: a slope could hide in it"
+        return constant, "no slope that the noise would not explain"
+    if best.aic - both >= SURPLUS:
+        return None, f"neither; a power law times an exponential is better by AIC {best.aic - both:.1f}"
     margin = second.aic - best.aic
-    constant, power = laws["constant"], laws["power law"]
-    surplus = best.aic - min(both)
-    winner: Law | None = best
-    if constant.aic < min(power.aic, laws["exponential"].aic) + DECISIVE and surplus < DECISIVE:
-        winner, reason = constant, "no slope that the noise would not explain"
-        margin = min(power.aic, laws["exponential"].aic) - constant.aic
-        if 2 * power.slope_error > 0.1:
-            winner, reason = None, "too noisy: a slope could hide in it"
-    elif surplus >= SURPLUS:
-        winner, reason = None, f"neither law: both together are better by AIC {surplus:.1f}"
-    elif margin < DECISIVE:
-        winner, reason = (
-            None,
-            f"the data do not say: {best.name} is better than {second.name} by AIC {margin:.1f}",
-        )
-    else:
-        reason = f"better than {second.name} by AIC {margin:.1f}"
-    return Fit(laws, winner, margin, reason, float(lags[0]))
+    if margin < DECISIVE:
+        return None, f"the data do not say: {best.name} is better than {second.name} by AIC {margin:.1f}"
+    return best, f"better than {second.name} by AIC {margin:.1f}"
 
 
 def _in_lags(law: Law, unit: float) -> Law:

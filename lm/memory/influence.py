@@ -15,7 +15,10 @@ from mixerlab.lm.model.decoder import Decoder
 from mixerlab.mixers import Mixer
 
 AT_ONCE = 16
-"""Sources, or projections, that are in memory at a time."""
+"""Sources that are in memory at a time."""
+
+TOKENS_AT_ONCE = 1 << 13
+"""Of the copies of a sequence whose Jacobian is projected; one copy at least."""
 
 QUANTILE = 2.576
 """Of the normal distribution: stated errors hold in 99 of 100 cases."""
@@ -93,7 +96,7 @@ def jacobian_norms(
     exact = projections >= D
     w = torch.eye(D) if exact else torch.randn(projections, D, generator=generator)
     pulled = []
-    for piece in w.to(x).split(AT_ONCE):
+    for piece in w.to(x).split(max(1, TOKENS_AT_ONCE // len(x))):
         rows = x.expand(len(piece), -1, -1)  # (P, t + 1, D)
         pull_back = torch.func.vjp(lambda y: function(y)[:, t], rows)[1]
         pulled.append(pull_back(piece)[0])

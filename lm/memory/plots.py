@@ -28,9 +28,11 @@ def influence_figure(curves: Sequence[Curve], fits: Sequence[Fit]) -> Figure:
         chosen = [(c, f) for c, f in zip(curves, fits, strict=True) if _kind(c) == kind]
         least = LEAST_DRAWN * max(curve.mean.max() for curve, _ in chosen)
         for i, (curve, fit) in enumerate(chosen):
-            colour = mpl.colormaps["turbo"]((i + 0.5) / len(chosen))
-            name = curve.quantity.removesuffix(f", {HELD}")
-            label = _plain(name if one_subject else f"{curve.subject} · {name}")
+            colour = (
+                mpl.colormaps["tab10"](i) if len(chosen) <= 10 else mpl.colormaps["turbo"](i / len(chosen))
+            )
+            names = ["" if one_subject else curve.subject, curve.quantity.removesuffix(HELD).rstrip(", ")]
+            label = _plain(" · ".join(filter(None, names)))
             for axis in (loglog, semilog):
                 _draw(axis, curve, fit, colour, label, least, alpha=0.5 / (2 + len(chosen)))
         loglog.set_xscale("log")

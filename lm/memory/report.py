@@ -21,9 +21,9 @@ text-align:left}h2{margin-top:2em}code{background:#f3f3f3}"""
 def sentence(curve: Curve, fit: Fit) -> str:
     """The verdict on one curve."""
     if fit.winner is None:
-        found = f"no law named: {fit.reason}"
+        found = f"no law named ({fit.reason})"
         if fit.laws:
-            found += "; " + ", ".join(law.summary for law in fit.laws.values() if law.name != "constant")
+            found += f"; it would be {fit.laws['power law'].summary} or {fit.laws['exponential'].summary}"
     else:
         found = f"{fit.winner.name}, {fit.winner.summary} ({fit.reason})"
     estimated = f"; single norms within {curve.error:.0%} (99%)" if curve.error else ""
@@ -109,7 +109,7 @@ def _page(
         subject = one.subject
         n, T = subject.tokens.shape
         parts.append(
-            f"<h2>{html.escape(subject.label)}</h2><p>{n} sequences of {T} tokens: {html.escape(subject.about)}."
+            f"<h2>{html.escape(subject.label)}</h2><p>{n} x {T} tokens: {html.escape(subject.about)}."
         )
         verdicts = [sentence(c, f) for c, f in said if c.subject == subject.label]
         parts.append("<ul>" + "".join(f"<li>{html.escape(verdict)}" for verdict in verdicts) + "</ul>")

@@ -8,6 +8,7 @@ from mixerlab.mixers import MIXERS, build_mixer
 from mixerlab.mixers.identity import Identity, IdentityConfig
 from mixerlab.mixers.testing import (
     CHECKS,
+    check_fixed_routing,
     check_flops,
     check_gradients,
     check_mixer,
@@ -113,6 +114,24 @@ def test_a_failing_check_is_named():
 
     with pytest.raises(AssertionError, match="check_causality"):
         check_mixer(factory)
+
+
+@pytest.mark.parametrize(
+    "mix_fixed",
+    [
+        lambda x, values: values,
+        lambda x, values: values[:, None] + 1,
+        lambda x, values: values[:, None].square(),
+        lambda x, values: values[:, None] * x.mean((1, 2))[:, None, None, None],
+        lambda x, values: values[:, None].cumsum(2),
+    ],
+    ids=["without heads", "with a constant", "not linear", "routed by the future", "from other positions"],
+)
+def test_what_mix_fixed_must_not_do_is_found(mix_fixed):
+    mixer = Identity(IdentityConfig(), 8)
+    mixer.mix_fixed = lambda x, values, segment_ids=None: mix_fixed(x, values)
+    with pytest.raises(AssertionError):
+        check_fixed_routing(lambda d_model: mixer)
 
 
 class Rounding(Identity):

@@ -52,7 +52,7 @@ def test_mixers_stand_side_by_side_and_without_data(at_the_root, tmp_path, capsy
     options = [*QUICK, "--length", "32", "--out", tmp_path, "--measure", "routing"]
     assert memory(TINY, "--mixers", "sessa", "mamba2", nowhere, *options) == 0
     said = capsys.readouterr().out
-    assert "tiny sessa (2 sequences of 32 tokens: random tokens)" in said
+    assert "tiny sessa (2 x 32 tokens: random tokens)" in said
     assert "tiny mamba2 (" in said
     assert "Jacobian" not in said
     assert not (tmp_path / "nowhere").exists()
@@ -67,6 +67,17 @@ def test_a_text_is_shown_with_its_tokens(finished, at_the_root, tmp_path, capsys
     shown = next((tmp_path / "out").glob("*attention.csv"))
     words = pd.read_csv(shown, index_col=0).index
     assert "".join(map(str, words)).startswith("It␣costs␣$5")
+
+
+def test_two_tokens_are_enough_to_measure_and_too_few_to_fit(at_the_root, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("ab")
+    options = [*QUICK, "--text", text, "--out", tmp_path / "out"]
+    assert memory(TINY, *places(tmp_path), *options) == 0
+    said = capsys.readouterr().out
+    assert "(1 x 2 tokens: a text given)" in said
+    assert "no law named (only 0 points on the tail" in said
+    assert pd.read_csv(tmp_path / "out" / "curves.csv")["lag"].max() == 1
 
 
 def test_a_mixer_without_routing_to_hold_is_measured_by_its_jacobian(
@@ -88,12 +99,14 @@ def test_a_mixer_without_routing_to_hold_is_measured_by_its_jacobian(
 
 def test_wrong_input_gets_one_line_that_says_what_works(finished, at_the_root, tmp_path, capsys):
     run, _ = finished
-    short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
-    short.write_text("")
+    short, binary, empty = (tmp_path / f"{name}.txt" for name in ("short", "binary", "empty"))
+    short.write_text("a")
+    empty.write_text("")
     binary.write_bytes(b"\xff\xfe\xff")
     wrong = {
         "no such run folder or recipe": [run.parent / "none"],
-        "it has 0 tokens; expected at least two": [run, "--text", short],
+        "it has 1 token; expected at least two": [run, "--text", short],
+        "it has 0 tokens; expected at least two": [run, "--text", empty],
         "No such file": [run, "--text", tmp_path / "none.txt"],
         "it is not UTF-8": [run, "--text", binary],
         "overrides and --mixers are for recipes": [run, "--mixers", "sessa"],
