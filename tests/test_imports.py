@@ -20,7 +20,8 @@ ROOMS = {
     "parallel": ("recipe", "model", "run"),
     "exchange": ("recipe", "model", "run"),
     "training": ("recipe", "model", "run", "parallel"),
-    "commands": ("recipe", "model", "run", "memory", "parallel", "exchange", "training"),
+    "sweep": ("recipe", "model", "run", "parallel", "training"),
+    "commands": ("recipe", "model", "run", "parallel", "exchange", "training", "sweep", "memory"),
 }
 """Of lm, in order: what each may import beside itself."""
 

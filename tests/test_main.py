@@ -30,6 +30,8 @@ TAKES = {
     "describe": ["RECIPE", "key=value", "--mixers", "--lengths"],
     "convert": ["FOLDER", "--to"],
     "checkpoints": ["RUN", "--to", "--shards", "--checkpoint"],
+    "sweep": ["RECIPE", "key=value", "--jobs", "--dry-run", "exit codes"],
+    "report": ["SWEEP", "--metric", "--to"],
     "keys": ["Markdown"],
 }
 
@@ -69,7 +71,7 @@ def test_the_command_alone_prints_help(monkeypatch, capsys):
 def test_a_wrong_verb_is_answered_with_the_nearest(capsys):
     assert main(["trian"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: no verb 'trian'; did you mean 'train'? valid: train, generate")
+    assert error.startswith("error: no verb 'trian'; did you mean 'train'? valid: train, sweep")
     assert error.count("\n") == 1
 
 

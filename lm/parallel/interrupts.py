@@ -25,6 +25,12 @@ INTERRUPTED = (75, 130)
 PARENT = "MIXERLAB_PARENT"
 """The environment variable with the process that started this one, for the further processes of a run."""
 
+STARTER = "MIXERLAB_STARTER"
+"""The same for the first process of a run that a sweep has started."""
+
+GRACE = 60
+"""Seconds in which a run whose starter has gone may finish its step and write a checkpoint."""
+
 
 class InterruptedRun(BaseException):
     """The run was asked to end. No Exception, as KeyboardInterrupt: libraries that catch those must let it pass."""
@@ -159,12 +165,19 @@ class _Output:
 
 
 def end_with_parent() -> None:
-    """Ends this process where the one that started it has gone, if one did: nobody else would."""
-    parent = int(os.environ.get(PARENT, 0))
+    """Ends this process where the one that started it has gone, if one did: nobody else would.
+
+    A further process of a run ends at once; a run that a sweep has started writes a checkpoint first.
+    """
+    is_further = PARENT in os.environ
+    parent = int(os.environ.get(PARENT if is_further else STARTER, 0))
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        if not is_further:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(GRACE)
         os._exit(1)
 
     if parent:

@@ -50,7 +50,21 @@ def load_recipe(
         path = find_recipe(source)
         allow_plugins = allow_plugins or any("plugins" in layer for layer in layers)  # instead of the file's
         raw, name, folder = read_with_bases(path, allow_plugins), path.stem, path.parent
-    return from_layers(raw, layers, name, folder, check_data)
+        raw.pop("sweep", None)  # of which this recipe is a part
+    try:
+        return from_layers(raw, layers, name, folder, check_data)
+    except ConfigError as error:
+        wrong = str(error).partition(" = ")[0]
+        if any(override.startswith(f"{wrong}=") and "," in override for override in overrides):
+            raise ConfigError(
+                f"{error}; `mixerlab sweep` takes several values, with commas between"
+            ) from None
+        raise
+
+
+def sweep_section(source: str | Path) -> Any:
+    """What the recipe's file has under `sweep`: keys, and for each a list of values; {} without it."""
+    return read_with_bases(find_recipe(source)).get("sweep") or {}
 
 
 def from_layers(

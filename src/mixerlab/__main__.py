@@ -14,6 +14,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 VERBS = {
     "train": "train a model from a recipe",
+    "sweep": "train a recipe with every combination of some values",
+    "report": "compare the runs of a sweep: tables, a picture and a page of HTML",
     "generate": "generate text from a trained run",
     "validate": "validate a trained run on its own data",
     "describe": "what a recipe costs: parameters, FLOPs, decoding state",

@@ -1,0 +1,138 @@
+"""From lists of values to the runs of a sweep: the product of the lists, each point a whole recipe."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+
+from mixerlab.lm.model.cost import Cost, cost
+from mixerlab.lm.model.match import sized
+from mixerlab.lm.recipe.check import for_devices
+from mixerlab.lm.recipe.load import UNLABELLED, load_recipe, sweep_section
+from mixerlab.lm.recipe.schema import ModelConfig, Recipe
+from mixerlab.options import ConfigError, show
+
+OPENING, CLOSING = "[{(", "]})"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep, and what is known of it before it trains."""
+
+    label: str
+    """End of the run's name; no other point of the sweep has it."""
+    values: dict[str, str]
+    """Key -> value, of the keys that the sweep has lists for, as the command line writes them."""
+    parameters: int
+    step_rows: int
+    """Of an optimiser step, over all devices."""
+    row_flops: float
+    """Of training on a row."""
+    state_bytes: int
+    """Of decoding a row of the recipe's length."""
+    steps: int | None
+    """Optimiser steps; None where it takes the data to tell."""
+
+
+def split_values(text: str) -> list[str]:
+    """The values of a list on the command line: commas inside brackets or quotation marks belong to a value."""
+    values, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in OPENING or character in CLOSING:
+            depth += 1 if character in OPENING else -1
+        if character == "," and not quote and depth <= 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return [value.strip() for value in values]
+
+
+def grid_of(source: str, overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Key -> its values, from the recipe's `sweep:` and the command line, which comes last; and what is the same in
+    all points, as it was given. Raises ConfigError.
+    """
+    section = sweep_section(source)
+    if not isinstance(section, dict):
+        raise ConfigError(f"sweep = {show(section)}: expected a mapping of keys to lists of values")
+    grid: dict[str, list[str]] = {}
+    for key, values in section.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"sweep.{key} = {show(values)}: expected a list of at least one value")
+        grid[str(key)] = [_as_text(value) for value in values]
+    fixed = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        values = split_values(text)
+        if len(values) > 1 and "" in values:
+            raise ConfigError(f"{key} = {text!r}: an empty value; expected values with commas between them")
+        if not equals or (len(values) == 1 and key not in grid):
+            fixed.append(override)
+        else:
+            grid[key] = values
+    for key, values in grid.items():
+        if len(values) > 1 and f"{key}.".startswith(UNLABELLED):
+            raise ConfigError(
+                f"{key} = {','.join(values)!r}: expected one value, for it says how a run is called or trained, not "
+                "what it learns"
+            )
+    if not grid:
+        raise ConfigError(
+            f"{source}: nothing to sweep over; give a key several values, such as seed=0,1, or the recipe a section "
+            "`sweep:` with lists"
+        )
+    return grid, fixed
+
+
+def _as_text(value: Any) -> str:
+    """A value of YAML as the command line writes it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def plan(source: str, overrides: Sequence[str]) -> list[tuple[Point, Recipe]]:
+    """The points of a sweep, in the order of the lists, each with its recipe, whole and sized. Raises ConfigError."""
+    grid, fixed = grid_of(source, overrides)
+    is_named = any(override.startswith("name=") for override in fixed)
+    planned: list[tuple[Point, Recipe]] = []
+    costs: dict[str, tuple[ModelConfig, Cost]] = {}  # by model and data: to find a width takes a second
+    same: dict[str, str] = {}  # what is trained -> which point does
+    for combination in itertools.product(*grid.values()):
+        values = dict(zip(grid, combination, strict=True))
+        recipe = load_recipe(source, [*fixed, *(f"{key}={value}" for key, value in values.items())])
+        if recipe.resume is not None:
+            raise ConfigError(f"resume = {recipe.resume!r}: a sweep goes on by itself; leave it out")
+        if recipe.strategy.devices == "auto":
+            recipe = replace(recipe, strategy=replace(recipe.strategy, devices=1))
+        if not is_named:
+            recipe.name = f"{recipe.name}-sweep"
+        costly = repr((recipe.model, recipe.data, recipe.trainer.precision))
+        if costly not in costs:
+            recipe = sized(recipe)
+            costs[costly] = recipe.model, cost(recipe)
+        model, found = costs[costly]
+        label = recipe.label or "run"
+        taken = {point.label for point, _ in planned}
+        if label in taken:  # long values are cut
+            label = next(f"{label}-v{n}" for n in itertools.count(2) if f"{label}-v{n}" not in taken)
+        recipe = replace(recipe, model=model, label=label)
+        shown = " ".join(f"{key}={value}" for key, value in values.items())
+        if (other := same.setdefault(repr(replace(recipe, label=None)), label)) != label:
+            raise ConfigError(f"{shown}: the same run as {other}; leave one of them out")
+        planned.append((_point(recipe, label, values, found), recipe))
+    return planned
+
+
+def _point(recipe: Recipe, label: str, values: dict[str, str], cost: Cost) -> Point:
+    devices = int(recipe.strategy.devices) * recipe.strategy.num_nodes
+    trainer = for_devices(recipe, devices).trainer
+    rows, steps = trainer.step_rows(devices), trainer.steps
+    if trainer.tokens is not None:
+        steps = math.ceil(trainer.tokens / (rows * cost.seq_len))
+    return Point(label, values, cost.parameters, rows, cost.row_flops, cost.state_bytes, steps)
