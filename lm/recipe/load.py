@@ -43,7 +43,7 @@ def load_recipe(
         ConfigError: the message names the key, its value, and what would be right.
     """
     overrides = [overrides] if isinstance(overrides, str) else overrides
-    layers = [*map(_parse_override, overrides), _escaped(plain(sections))]
+    layers = [*map(parse_override, overrides), _escaped(plain(sections))]
     if isinstance(source, Recipe):
         raw, name, folder = _escaped(plain(source)), source.name, Path()
     else:
@@ -191,7 +191,8 @@ def load_saved(path: Path, allow_plugins: bool = False) -> Recipe:
     return from_layers(raw, [], path.stem, path.parent, check_data=False)
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def parse_override(override: str) -> dict[str, Any]:
+    """A `key=value` of the command line as nested mappings. Raises ConfigError."""
     key, equals, _ = override.partition("=")
     if not equals or not all(part.isidentifier() for part in key.split(".")):
         raise ConfigError(f"override {override!r}: expected key=value, such as model.mixer=attention")

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import yaml
@@ -11,7 +12,8 @@ import yaml
 from mixerlab.lm.model.cost import Cost, cost
 from mixerlab.lm.model.match import sized
 from mixerlab.lm.recipe.check import for_devices
-from mixerlab.lm.recipe.load import UNLABELLED, load_recipe, sweep_section
+from mixerlab.lm.recipe.files import merge
+from mixerlab.lm.recipe.load import UNLABELLED, label, load_recipe, parse_override, sweep_section
 from mixerlab.lm.recipe.schema import ModelConfig, Recipe
 from mixerlab.options import ConfigError, show
 
@@ -117,15 +119,16 @@ def plan(source: str, overrides: Sequence[str]) -> list[tuple[Point, Recipe]]:
             recipe = sized(recipe)
             costs[costly] = recipe.model, cost(recipe)
         model, found = costs[costly]
-        label = recipe.label or "run"
+        varied = reduce(merge, (parse_override(f"{key}={value}") for key, value in values.items()))
+        name = label(varied) or "run"
         taken = {point.label for point, _ in planned}
-        if label in taken:  # long values are cut
-            label = next(f"{label}-v{n}" for n in itertools.count(2) if f"{label}-v{n}" not in taken)
-        recipe = replace(recipe, model=model, label=label)
+        if name in taken:  # long values are cut
+            name = next(f"{name}-v{n}" for n in itertools.count(2) if f"{name}-v{n}" not in taken)
+        recipe = replace(recipe, model=model, label=name)
         shown = " ".join(f"{key}={value}" for key, value in values.items())
-        if (other := same.setdefault(repr(replace(recipe, label=None)), label)) != label:
+        if (other := same.setdefault(repr(replace(recipe, label=None)), name)) != name:
             raise ConfigError(f"{shown}: the same run as {other}; leave one of them out")
-        planned.append((_point(recipe, label, values, found), recipe))
+        planned.append((_point(recipe, name, values, found), recipe))
     return planned
 
 

@@ -88,7 +88,8 @@ def _curves(panel: Axes, table: Table, rows: list[Row]) -> None:
         )
     panel.set_xlabel("step")
     panel.set_ylabel(in_words(table.selection))
-    panel.legend()
+    if panel.lines:
+        panel.legend()
 
 
 def _datasets(panel: Axes, table: Table, rows: list[Row]) -> None:

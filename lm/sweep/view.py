@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
@@ -73,10 +73,10 @@ class View:
             return ""
         return duration((status.steps - status.step) * (time.monotonic() - when) / (status.step - first))
 
-    def _table(self, statuses: Mapping[str, Status]) -> Table:
+    def _table(self, statuses: Mapping[str, Status]) -> Group:
         counts = Counter(status.state for status in statuses.values())
-        title = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
-        table = Table(title=f"{escape(str(self.sweep.path))}: {title}", title_justify="left", box=SIMPLE_HEAD)
+        counted = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
+        table = Table(box=SIMPLE_HEAD)
         table.add_column("run", overflow="fold")
         table.add_column("state")
         for column in ("step", "loss", "left"):
@@ -89,7 +89,7 @@ class View:
             table.add_row(escape(label), f"[{colour}]{status.state}", _steps(status), loss, left)
             if status.state == "failed":
                 table.add_row(f"[dim]{escape(self._details(label, status)[2:])}")
-        return table
+        return Group(f"{escape(str(self.sweep.path))}: {counted}", table)
 
 
 def _steps(status: Status) -> str:
