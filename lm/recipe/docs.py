@@ -26,6 +26,8 @@ A mixer or data module given by name alone (`model.mixer=attention`) replaces th
 included; so does another `name` in a mapping. Options of the same name are merged. Another horizon (`steps`,
 `epochs`, `tokens`) replaces the one that the recipe has.
 
+A section `sweep:`, of keys with a list of values each, is for `mixerlab sweep`: see [sweeps.md](sweeps.md).
+
 Where an option of a mixer is itself a mixer (`mixers` of `parallel`, `below` of `selective_attention`), it is given in
 the same way, with the options of that mixer's own section.
 """

@@ -51,7 +51,7 @@ def test_the_terminal_shows_the_table_and_what_may_be_said(sweep, capsys):
     assert main(["report", str(sweep.path)]) == 0
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if "mamba2|x" in line and "1,004" in line]
-    for cell in ("1e-3", "2", "0.410 ± 0.014", "0.400 to 0.420", "0.500", "1,004", "240", "2k", "256 B"):
+    for cell in ("1e-3", "2", "0.410 ± 0.014", "0.400 to 0.420", "0.500", "1,004", "240", "2k", "0.25 KiB"):
         assert cell in line
     assert (
         "[attention, <b>sessa] has the best mean valid accuracy, and its difference from every other" in out

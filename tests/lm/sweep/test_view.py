@@ -20,7 +20,7 @@ def clock(monkeypatch):
 
 
 def terminal():
-    return Console(file=io.StringIO(), force_terminal=True, width=120, height=40, color_system=None)
+    return Console(file=io.StringIO(), force_terminal=True, width=300, height=40, color_system=None)
 
 
 def test_a_terminal_shows_every_run_with_what_it_has_reached(tmp_path, clock):
