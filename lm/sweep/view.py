@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mixerlab.lm.sweep.folder import Status, Sweep
 
@@ -87,9 +88,12 @@ class View:
             loss = "" if status.loss is None or status.state == "finished" else f"{status.loss:.3f}"
             colour, left = COLOURS[status.state], self._left(label, status)
             table.add_row(escape(label), f"[{colour}]{status.state}", _steps(status), loss, left)
-            if status.state == "failed":
-                table.add_row(f"[dim]{escape(self._details(label, status)[2:])}")
-        return Group(f"{escape(str(self.sweep.path))}: {counted}", table)
+        failed = [
+            Text(f"failed {label}: {status.reason}", style="red", no_wrap=True, overflow="ellipsis")
+            for label, status in statuses.items()
+            if status.state == "failed"
+        ]
+        return Group(f"{escape(str(self.sweep.path))}: {counted}", *failed, table)
 
 
 def _steps(status: Status) -> str:
