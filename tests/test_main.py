@@ -30,7 +30,7 @@ TAKES = {
     "describe": ["RECIPE", "key=value", "--mixers", "--lengths"],
     "convert": ["FOLDER", "--to"],
     "checkpoints": ["RUN", "--to", "--shards", "--checkpoint"],
-    "sweep": ["RECIPE", "key=value", "--jobs", "--dry-run", "exit codes"],
+    "sweep": ["RECIPE", "key=value", "--jobs", "--launcher", "--option", "--dry-run", "exit codes"],
     "report": ["SWEEP", "--metric", "--to"],
     "keys": ["Markdown"],
 }

@@ -5,13 +5,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from mixerlab.data import build_data
+from mixerlab.lm.model.cost import si
 from mixerlab.lm.model.precision import to_bf16
 from mixerlab.lm.parallel.launch import device_kind
 from mixerlab.lm.parallel.sharding import make_decoder
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.sweep.plan import Point
+from mixerlab.lm.sweep.view import duration
 from mixerlab.lm.training.optim import build_optimizer
 from mixerlab.options import ConfigError
 
@@ -19,20 +25,50 @@ MEASURED = 4096
 """Tokens that are measured, at most: a step may be too much for the machine that is asked."""
 
 
-def seconds_per_step(planned: Sequence[tuple[Point, Recipe]], threads: int) -> list[float | None]:
-    """Of each point: a step of random tokens, measured once for each model. None where its device is not here."""
+def list_points(planned: Sequence[tuple[Point, Recipe]], jobs: int, threads: int, console: Console) -> None:
+    """Prints the points with their costs, and how long all of them take, `jobs` at a time on so many threads each."""
+    table = Table(*map(escape, planned[0][0].values), box=SIMPLE_HEAD)
+    for column in ("parameters", "d_model", "steps", "training FLOPs", "time"):
+        table.add_column(column, justify="right")
+    times = seconds(planned, threads)
+    for (point, recipe), time_ in zip(planned, times, strict=True):
+        flops = point.row_flops * point.step_rows
+        table.add_row(
+            *map(escape, point.values.values()),
+            f"{point.parameters:,}",
+            str(recipe.model.d_model),
+            "?" if point.steps is None else f"{point.steps:,}",
+            f"{si(flops)} a step" if point.steps is None else si(flops * point.steps),
+            "?" if time_ is None else duration(time_),
+        )
+    if not console.is_terminal:
+        console.width = 200  # a file has no width to fit into
+    console.print(table)
+    known = [time_ for time_ in times if time_ is not None]
+    whole = f"about {duration(sum(known) / jobs)}" if len(known) == len(times) else "not known how long"
+    console.print(
+        f"{len(planned)} runs, {jobs} at a time: {whole}, without validations; judged by one step of each model here, "
+        "alone on its cores",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def seconds(planned: Sequence[tuple[Point, Recipe]], threads: int) -> list[float | None]:
+    """Of training each point, by a step of each model. None where its device is not here, or its steps not known."""
     torch.set_num_threads(threads)
-    known: dict[str, float | None] = {}
-    found = []
+    steps: dict[str, float | None] = {}
+    found: list[float | None] = []
     for point, recipe in planned:
-        model = repr((recipe.model, replace(recipe.trainer, steps=1, epochs=None, tokens=None), recipe.data))
-        if model not in known:
-            known[model] = _measure(point, recipe)
-        found.append(known[model])
+        model = repr((recipe.model, recipe.data, recipe.trainer.batch_size, recipe.trainer.precision))
+        if point.steps is not None and model not in steps:
+            steps[model] = _seconds_per_row(recipe)
+        each = steps.get(model)
+        found.append(None if point.steps is None or each is None else each * point.step_rows * point.steps)
     return found
 
 
-def _measure(point: Point, recipe: Recipe) -> float | None:
+def _seconds_per_row(recipe: Recipe) -> float | None:
     try:
         device = {"gpu": "cuda"}.get(device_kind(recipe.strategy), "cpu")
     except ConfigError:
@@ -54,4 +90,4 @@ def _measure(point: Point, recipe: Recipe) -> float | None:
         optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
-    return (time.perf_counter() - began) * point.step_rows / rows
+    return (time.perf_counter() - began) / rows

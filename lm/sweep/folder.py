@@ -154,7 +154,8 @@ class Sweep:
         now, text = self.progress(label), _tail(self.log_file(label))
         if now.state == "running" or not text:
             return now
-        code = ended(text)
+        if (code := ended(text)) == 0:
+            return now  # its run was deleted since
         state = "interrupted" if code is None or code in INTERRUPTED else "failed"
         return replace(now, state=state, reason=last_line(text))
 

@@ -90,6 +90,10 @@ class Local:
         self.waiting: list[str] = []
         self.trainings: dict[int, tuple[str, Training]] = {}
 
+    def __str__(self) -> str:
+        threads = self.environments[0]["OMP_NUM_THREADS"]
+        return f"{len(self.environments)} at a time, each on {threads} {'thread' if threads == '1' else 'threads'}"
+
     def start(self, labels: Sequence[str]) -> None:
         self.waiting += labels
 

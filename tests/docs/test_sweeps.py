@@ -9,7 +9,7 @@ PAGE = Page("sweeps.md")
 
 
 def test_the_command_shown_makes_the_runs_it_says():
-    command, report = PAGE.shown("bash").splitlines()
+    command, report = PAGE.all_shown("bash")[0].splitlines()
     _, _, source, *overrides = shlex.split(command)
     planned = plan(source, overrides)
     assert f"here {' x '.join(('3', '3', '2'))} runs" in PAGE.text

@@ -161,7 +161,7 @@ def test_a_dry_run_lists_the_points_and_writes_nothing(tmp_path, capsys):
 
 def test_the_time_is_not_known_where_the_steps_are_not(tmp_path, capsys):
     assert main(["sweep", recipe_file(tmp_path), "seed=0,1", "trainer.epochs=1", "--dry-run"]) == 0
-    assert ": not known, without validations" in capsys.readouterr().out
+    assert ": not known how long, without validations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", [["modle.mixer=a,b"], ["seed=0,1,"], ["seed=0"], []])
