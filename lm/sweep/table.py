@@ -209,7 +209,7 @@ def verdict(rows: Sequence[Row], metric: str) -> str:
         return f"{said}, but one seed shows no difference"
     alike = [row.name for row in others if not are_told_apart(best, row, metric)]
     if not alike:
-        return f"{said}, and its difference from every other is larger than its interval"
+        return f"{said}, and the intervals of its differences from the others exclude 0"
     return f"{said}, but is not distinguishable from {' and '.join(alike)}"
 
 
@@ -237,7 +237,8 @@ def _notes(table: Table, tuned: list[str]) -> Iterator[str]:
             if line["reason"]
             else f", step {line['step']}" * (line["step"] > 0)
         )
-        yield f"Missing: {line['run']} is {line['state']}{how}"
+        name = f"{line['sweep']}/{line['run']}" if runs["sweep"].nunique() > 1 else line["run"]
+        yield f"Missing: {name} is {line['state']}{how}"
     for key in tuned:
         edges = _edges(runs[key])
         if at_edge := [f"{row.name} ({row.tuned[key]})" for row in table.rows if row.tuned[key] in edges]:

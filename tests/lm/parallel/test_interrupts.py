@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -142,3 +143,36 @@ def test_only_terminals_and_pipes_have_readers(tmp_path):
         assert [has_reader(write), has_reader(log.fileno()), has_reader(9999)] == [True, False, False]
     os.close(read)
     os.close(write)
+
+
+STARTED = """
+import os, pathlib, subprocess, sys, time
+from mixerlab.lm.parallel.interrupts import STARTER, InterruptedRun, Interrupts, end_with_parent
+if len(sys.argv) == 2:
+    subprocess.Popen([sys.executable, __file__, sys.argv[1], "run"], env=os.environ | {STARTER: str(os.getpid())})
+    time.sleep(100)
+with Interrupts():
+    try:
+        end_with_parent()
+        pathlib.Path(sys.argv[1]).write_text("began")
+        time.sleep(100)
+    except InterruptedRun as stop:
+        pathlib.Path(sys.argv[1]).write_text(f"ended by {stop}")
+"""
+
+
+def test_a_run_whose_starter_is_killed_is_asked_to_end(tmp_path):
+    script, said = tmp_path / "started.py", tmp_path / "said.txt"
+    script.write_text(STARTED)
+    starter = subprocess.Popen([sys.executable, str(script), str(said)])
+
+    def wait_for(text):
+        began = time.monotonic()
+        while not said.exists() or said.read_text() != text:
+            assert time.monotonic() - began < 60
+            time.sleep(0.05)
+
+    wait_for("began")
+    starter.kill()
+    starter.wait()
+    wait_for("ended by SIGTERM")

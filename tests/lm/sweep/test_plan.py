@@ -142,7 +142,7 @@ def test_points_whose_labels_are_cut_alike_get_names_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["modle.mixer=a,b"], "modle = .*: no such key; did you mean 'model'"),
+        (["mdl.mixer=a,b"], "mdl = .*: no such key; did you mean 'model'"),
         (["model.mixr=attention,sessa"], "model.mixr = 'attention': no such key; did you mean 'mixer'"),
         (["model.mixer=attention,sesa"], "model.mixer = 'sesa': no such mixer; did you mean 'sessa'"),
         (["seed=0,,1"], "seed = '0,,1': an empty value"),

@@ -54,7 +54,7 @@ def test_the_terminal_shows_the_table_and_what_may_be_said(sweep, capsys):
     for cell in ("1e-3", "2", "0.410 ± 0.014", "0.400 to 0.420", "0.500", "1,004", "240", "2k", "0.25 KiB"):
         assert cell in line
     assert (
-        "[attention, <b>sessa] has the best mean valid accuracy, and its difference from every other" in out
+        "[attention, <b>sessa] has the best mean valid accuracy, and the intervals of its differences" in out
     )
     assert "Runs: 8 finished" in out
     assert f"report {sweep.path / 'report' / 'report.html'}" in out
@@ -164,7 +164,7 @@ def test_the_time_is_not_known_where_the_steps_are_not(tmp_path, capsys):
     assert ": not known how long, without validations" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given", [["modle.mixer=a,b"], ["seed=0,1,"], ["seed=0"], []])
+@pytest.mark.parametrize("given", [["mdl.mixer=a,b"], ["seed=0,1,"], ["seed=0"], []])
 def test_wrong_values_are_answered_in_a_line(tmp_path, capsys, given):
     assert main(["sweep", recipe_file(tmp_path), *given]) == 2
     error = capsys.readouterr().err

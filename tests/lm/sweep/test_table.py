@@ -1,5 +1,6 @@
 """Tables of sweeps, against numbers computed by hand."""
 
+import fcntl
 import math
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_the_interval_of_many_values_is_that_of_the_normal_distribution():
     [
         (
             (0.50, 0.52),
-            "a has the best mean valid accuracy, and its difference from every other is larger than",
+            "a has the best mean valid accuracy, and the intervals of its differences from the others exclude 0",
         ),
         ((0.60, 0.85), "a has the best mean valid accuracy, but is not distinguishable from b"),
     ],
@@ -196,17 +197,20 @@ def test_what_is_missing_is_said_with_its_reason(tmp_path):
     finish(sweep, labels[0], valid__accuracy=0.5)
     fail(sweep, labels[1], "stopped: the loss is nan")
     sweep.log_file(labels[2]).write_text("=== begun\nstep 2/6 · loss 3.500 · 1.0k tokens/s\n")
-    notes = tabulate([sweep]).notes
-    assert "Runs: 1 finished, 1 failed, 1 interrupted, 1 waiting" in notes
+    with sweep.log_file(labels[2]).open("rb") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        notes = tabulate([sweep]).notes
+    assert "Runs: 1 finished, 1 failed, 1 running, 1 waiting" in notes
+    assert f"Missing: {labels[2]} is running, step 2" in notes
     log = sweep.log_file(labels[1])
     assert f"Missing: {labels[1]} is failed: stopped: the loss is nan (log: {log})" in notes
 
 
 def test_a_metric_that_no_run_has_is_named(tmp_path):
     with pytest.raises(
-        ConfigError, match="--metric valid/acuracy: no run has it; did you mean 'valid/accuracy'"
+        ConfigError, match="--metric valid/accurate: no run has it; did you mean 'valid/accuracy'"
     ):
-        tabulate([two_mixers(tmp_path)], "valid/acuracy")
+        tabulate([two_mixers(tmp_path)], "valid/accurate")
 
 
 def test_without_a_finished_run_there_is_no_table(tmp_path):
