@@ -34,5 +34,6 @@ def main(arguments: Sequence[str]) -> int:
     from mixerlab.lm.sweep.folder import Sweep
     from mixerlab.lm.sweep.report import report
 
-    report([Sweep.open(path) for path in args.sweeps], Console(emoji=False), args.metric, args.to)
+    sweeps = [Sweep.open(path) for path in dict.fromkeys(args.sweeps)]
+    report(sweeps, Console(emoji=False), args.metric, args.to)
     return 0

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     from mixerlab.lm.sweep.pool import Local
     from mixerlab.lm.sweep.run import run
 
-    sweep = Sweep.planned(planned, [args.recipe, *overrides])
+    sweep = Sweep.of(planned, [args.recipe, *overrides])
     with Interrupts():
         try:
             with sweep.lock():

@@ -71,7 +71,7 @@ class Sweep:
             raise ConfigError(f"sweep {path}: its sweep.json is damaged: {error}") from None
 
     @classmethod
-    def planned(cls, planned: list[tuple[Point, Recipe]], command: list[str]) -> Self:
+    def of(cls, planned: list[tuple[Point, Recipe]], command: list[str]) -> Self:
         """The sweep of these points, in its folder, which need not be there. Raises ConfigError if others' runs are."""
         recipe = planned[0][1]
         path = Path(recipe.logging.dir) / str(recipe.name)
@@ -111,6 +111,10 @@ class Sweep:
                         f"sweep {self.path}: the recipe has changed since it began: {key} was {show(old)} and is now "
                         f"{show(new)}; {another}"
                     )
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
 
     def lock(self) -> FileLock:
         """The sweep's lock, for a `with`. Raises ConfigError if another process holds it."""

@@ -59,7 +59,7 @@ def page(
         pictures: their names, as of `plots.pictures` -> SVG.
     """
     runs = table.runs.drop(columns=["log", "reason", "step", "state_bytes"]).rename(columns=in_words)
-    title = escape(", ".join(sweep.path.resolve().name for sweep in sweeps))
+    title = escape(", ".join(sweep.name for sweep in sweeps))
     head, _, body = PAGE.replace("TITLE", title).partition("</style>")
     images = {CAPTIONS[name]: base64.b64encode(picture).decode() for name, picture in pictures.items()}
     return f"{head}</style>" + body.format(

@@ -29,7 +29,7 @@ def report(
     None: the folder is `report` in the sweep, or in the first of several one named after the others too.
     """
     table = tabulate(sweeps, metric)
-    to = to or sweeps[0].path / "+".join(["report", *(sweep.path.resolve().name for sweep in sweeps[1:])])
+    to = to or sweeps[0].path / "+".join(["report", *(sweep.name for sweep in sweeps[1:])])
     shown = [frame for frame in (results(table), by_dataset(table)) if not frame.empty]
     if not console.is_terminal:
         console.width = 200  # a file has no width to fit into
@@ -130,7 +130,7 @@ def _rich(frame: pd.DataFrame) -> RichTable:
 
 def markdown(sweeps: Sequence[Sweep], table: Table, shown: Sequence[pd.DataFrame]) -> str:
     """The tables and what is said under them, in Markdown."""
-    parts = [f"# {', '.join(sweep.path.resolve().name for sweep in sweeps)}"]
+    parts = [f"# {', '.join(sweep.name for sweep in sweeps)}"]
     for frame in shown:
         cells = [list(map(str, frame)), ["---"] * len(frame.columns), *frame.fillna("").to_numpy().tolist()]
         lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)

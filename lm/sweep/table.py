@@ -136,11 +136,12 @@ def _read(sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, dict[int, pd.DataFrame
     lines: list[dict[str, Any]] = []
     curves: dict[int, pd.DataFrame] = {}
     metrics: Counter[str] = Counter()
+    names = [sweep.name for sweep in sweeps]
     for sweep in sweeps:
         for label, point in sweep.points.items():
             status = sweep.status(label)
             line: dict[str, Any] = {
-                "sweep": sweep.path.resolve().name,
+                "sweep": sweep.name if names.count(sweep.name) == 1 else str(sweep.path),
                 "run": label,
                 "state": status.state,
                 "step": status.step,

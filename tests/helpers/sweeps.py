@@ -26,7 +26,7 @@ def begun(folder, *overrides, more=""):
     """A sweep that has begun: nothing was trained yet."""
     command = [recipe_file(folder, more), f"logging.dir={folder / 'runs'}", *overrides]
     planned = plan(command[0], command[1:])
-    sweep = Sweep.planned(planned, command)
+    sweep = Sweep.of(planned, command)
     with sweep.lock():
         sweep.begin(planned)
     return sweep

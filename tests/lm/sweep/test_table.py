@@ -169,6 +169,12 @@ def test_several_sweeps_stand_beside_each_other(tmp_path):
     ]
 
 
+def test_sweeps_of_the_same_name_are_told_apart_by_their_place(tmp_path):
+    sweeps = [two_mixers(tmp_path / name) for name in ("x", "y")]
+    places = [row.context["sweep"] for row in tabulate(sweeps).rows]
+    assert places == [str(sweep.path) for sweep in sweeps for _ in range(2)]
+
+
 def test_costs_are_those_of_the_runs(tmp_path):
     sweep = made_up(tmp_path, [(point("a", 0), None), (point("a", 1), None)])
     for label, speeds in zip(sweep.points, ([1.0, 10.0, 30.0, 20.0], [1.0, 40.0]), strict=True):
