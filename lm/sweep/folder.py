@@ -101,11 +101,11 @@ class Sweep:
                 raise ConfigError(
                     f"sweep {self.path}: it has the point {label}, which is not asked for now; {another}"
                 )
-            before, now = (
-                yaml.safe_load(text)
-                for text in (read_noted(self.recipe_file(label)), to_yaml(recipes[label]))
-            )
-            for key, old, new in differing_keys(before, now):
+            try:
+                before = yaml.safe_load(read_noted(self.recipe_file(label)))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"sweep {self.path}: {error}") from None
+            for key, old, new in differing_keys(before, yaml.safe_load(to_yaml(recipes[label]))):
                 if not f"{key}.".startswith(MAY_CHANGE):
                     raise ConfigError(
                         f"sweep {self.path}: the recipe has changed since it began: {key} was {show(old)} and is now "
@@ -134,14 +134,14 @@ class Sweep:
         return self.path / "points" / f"{label}.log"
 
     def run_of(self, label: str) -> Run | None:
-        """The newest run of a point, if there is one with a result or a checkpoint."""
+        """The run of a point, if there is one with a result or a checkpoint."""
         found = [run for run in self._runs(label) if run.is_finished or run.checkpoints.all()]
-        return next((run for run in found if run.is_finished), found[0] if found else None)
+        return max(found, key=lambda run: (run.is_finished, run.path.name), default=None)
 
     def _runs(self, label: str) -> list[Run]:
-        """Those of a point, newest first: folders are called <time>-<label>, or that and a number."""
+        """Those of a point, whose folders are called <time>-<label>, or that and a number."""
         names = re.compile(rf"\d{{8}}-\d{{4}}-{re.escape(label)}(-\d+)?")
-        return [run for run in runs_of(self.path) if names.fullmatch(run.path.name)]
+        return [Run(path) for path in self.path.glob("*/") if names.fullmatch(path.name)]
 
     def clear(self, label: str) -> None:
         """Deletes runs of a point that ended before their first checkpoint: there is nothing to go on with."""

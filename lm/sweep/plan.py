@@ -56,10 +56,8 @@ def split_values(text: str) -> list[str]:
     return [value.strip() for value in values]
 
 
-def grid_of(source: str, overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Key -> its values, from the recipe's `sweep:` and the command line, which comes last; and what is the same in
-    all points, as it was given. Raises ConfigError.
-    """
+def grid_of(source: str, overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Key -> its values, from the recipe's `sweep:` and the command line, which comes last. Raises ConfigError."""
     section = sweep_section(source)
     if not isinstance(section, dict):
         raise ConfigError(f"sweep = {show(section)}: expected a mapping of keys to lists of values")
@@ -68,15 +66,12 @@ def grid_of(source: str, overrides: Sequence[str]) -> tuple[dict[str, list[str]]
         if not isinstance(values, list) or not values:
             raise ConfigError(f"sweep.{key} = {show(values)}: expected a list of at least one value")
         grid[str(key)] = [_as_text(value) for value in values]
-    fixed = []
     for override in overrides:
-        key, equals, text = override.partition("=")
+        key, _, text = override.partition("=")
         values = split_values(text)
         if len(values) > 1 and "" in values:
             raise ConfigError(f"{key} = {text!r}: an empty value; expected values with commas between them")
-        if not equals or (len(values) == 1 and key not in grid):
-            fixed.append(override)
-        else:
+        if len(values) > 1 or key in grid:
             grid[key] = values
     for key, values in grid.items():
         if len(values) > 1 and f"{key}.".startswith(UNLABELLED):
@@ -89,7 +84,7 @@ def grid_of(source: str, overrides: Sequence[str]) -> tuple[dict[str, list[str]]
             f"{source}: nothing to sweep over; give a key several values, such as seed=0,1, or the recipe a section "
             "`sweep:` with lists"
         )
-    return grid, fixed
+    return grid
 
 
 def _as_text(value: Any) -> str:
@@ -100,34 +95,36 @@ def _as_text(value: Any) -> str:
 
 def plan(source: str, overrides: Sequence[str]) -> list[tuple[Point, Recipe]]:
     """The points of a sweep, in the order of the lists, each with its recipe, whole and sized. Raises ConfigError."""
-    grid, fixed = grid_of(source, overrides)
-    is_named = any(override.startswith("name=") for override in fixed)
+    grid = grid_of(source, overrides)
+    given = [override.partition("=")[0] for override in overrides]
     planned: list[tuple[Point, Recipe]] = []
     costs: dict[str, tuple[ModelConfig, Cost]] = {}  # by model and data: to find a width takes a second
     same: dict[str, str] = {}  # what is trained -> which point does
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
-        recipe = load_recipe(source, [*fixed, *(f"{key}={value}" for key, value in values.items())])
+        point = {key: f"{key}={value}" for key, value in values.items()}
+        # In the order of the command line: a choice drops the options that stand before it.
+        layers = [point.get(key, override) for key, override in zip(given, overrides, strict=True)]
+        recipe = load_recipe(source, [*(point[key] for key in grid if key not in given), *layers])
         if recipe.resume is not None:
             raise ConfigError(f"resume = {recipe.resume!r}: a sweep goes on by itself; leave it out")
         if recipe.strategy.devices == "auto":
             recipe = replace(recipe, strategy=replace(recipe.strategy, devices=1))
-        if not is_named:
+        if "name" not in given:
             recipe.name = f"{recipe.name}-sweep"
         costly = repr((recipe.model, recipe.data, recipe.trainer.precision))
         if costly not in costs:
             recipe = sized(recipe)
             costs[costly] = recipe.model, cost(recipe)
         model, found = costs[costly]
-        varied = reduce(merge, (parse_override(f"{key}={value}") for key, value in values.items()))
+        varied = reduce(merge, map(parse_override, point.values()))
         name = label(varied) or "run"
         taken = {point.label for point, _ in planned}
         if name in taken:  # long values are cut
             name = next(f"{name}-v{n}" for n in itertools.count(2) if f"{name}-v{n}" not in taken)
         recipe = replace(recipe, model=model, label=name)
-        shown = " ".join(f"{key}={value}" for key, value in values.items())
         if (other := same.setdefault(repr(replace(recipe, label=None)), name)) != name:
-            raise ConfigError(f"{shown}: the same run as {other}; leave one of them out")
+            raise ConfigError(f"{' '.join(point.values())}: the same run as {other}; leave one of them out")
         planned.append((_point(recipe, name, values, found), recipe))
     return planned
 

@@ -89,6 +89,13 @@ def test_a_damaged_sweep_is_answered_in_a_line(tmp_path):
         Sweep.open(sweep.path)
 
 
+def test_a_damaged_recipe_of_a_point_is_answered_in_a_line(tmp_path):
+    sweep = begun(tmp_path, "seed=0,1")
+    sweep.recipe_file("seed=0").write_text("seed: 3\n")
+    with pytest.raises(ConfigError, match=r"seed=0\.yaml is not what was written there"):
+        begun(tmp_path, "seed=0,1")
+
+
 def test_how_far_a_point_has_come_is_what_lies_in_its_folder(tmp_path):
     sweep = begun(tmp_path, "seed=0,1,2,3,4")
     finish(sweep, "seed=0")

@@ -92,8 +92,19 @@ sweep:
 
 def test_the_command_line_comes_after_the_recipe(tmp_path):
     source = recipe_file(tmp_path, "sweep: {seed: [0, 1], model.mixer: [attention, mamba2]}\n")
-    assert grid_of(source, ["seed=3,4,5"])[0]["seed"] == ["3", "4", "5"]
+    assert grid_of(source, ["seed=3,4,5"])["seed"] == ["3", "4", "5"]
     assert [recipe.seed for _, recipe in plan(source, ["seed=7"])] == [7, 7]
+
+
+def test_options_behind_a_choice_are_those_of_every_choice(tmp_path):
+    given = [
+        "data=mqar,induction_heads",
+        "data.seq_len=40",
+        "model.mixer=attention,sessa",
+        "model.mixer.n_heads=2",
+    ]
+    for _, recipe in plan(recipe_file(tmp_path, ""), given):
+        assert (recipe.data.options.seq_len, recipe.model.mixer.options.n_heads) == (40, 2)
 
 
 def test_a_recipe_with_a_sweep_trains_like_one_without(tmp_path):
