@@ -4,11 +4,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pandas as pd
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from mixerlab.data import build_data
 from mixerlab.lm.model.cost import si
@@ -17,6 +15,7 @@ from mixerlab.lm.parallel.launch import device_kind
 from mixerlab.lm.parallel.sharding import make_decoder
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.sweep.plan import Point
+from mixerlab.lm.sweep.report import print_table
 from mixerlab.lm.sweep.view import duration
 from mixerlab.lm.training.optim import build_optimizer
 from mixerlab.options import ConfigError
@@ -27,23 +26,20 @@ MEASURED = 4096
 
 def list_points(planned: Sequence[tuple[Point, Recipe]], jobs: int, threads: int, console: Console) -> None:
     """Prints the points with their costs, and how long all of them take, `jobs` at a time on so many threads each."""
-    table = Table(*map(escape, planned[0][0].values), box=SIMPLE_HEAD)
-    for column in ("parameters", "d_model", "steps", "training FLOPs", "time"):
-        table.add_column(column, justify="right")
-    times = seconds(planned, threads)
+    times, lines = seconds(planned, threads), []
     for (point, recipe), time_ in zip(planned, times, strict=True):
         flops = point.row_flops * point.step_rows
-        table.add_row(
-            *map(escape, point.values.values()),
-            f"{point.parameters:,}",
-            str(recipe.model.d_model),
-            "?" if point.steps is None else f"{point.steps:,}",
-            f"{si(flops)} a step" if point.steps is None else si(flops * point.steps),
-            "?" if time_ is None else duration(time_),
+        lines.append(
+            {
+                **point.values,
+                "parameters": f"{point.parameters:,}",
+                "d_model": str(recipe.model.d_model),
+                "steps": "?" if point.steps is None else f"{point.steps:,}",
+                "training FLOPs": f"{si(flops)} a step" if point.steps is None else si(flops * point.steps),
+                "time": "?" if time_ is None else duration(time_),
+            }
         )
-    if not console.is_terminal:
-        console.width = 200  # a file has no width to fit into
-    console.print(table)
+    print_table(pd.DataFrame(lines), console)
     known = [time_ for time_ in times if time_ is not None]
     whole = f"about {duration(sum(known) / jobs)}" if len(known) == len(times) else "not known how long"
     console.print(

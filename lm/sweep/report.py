@@ -31,10 +31,8 @@ def report(
     table = tabulate(sweeps, metric)
     to = to or sweeps[0].path / "+".join(["report", *(sweep.name for sweep in sweeps[1:])])
     shown = [frame for frame in (results(table), by_dataset(table)) if not frame.empty]
-    if not console.is_terminal:
-        console.width = 200  # a file has no width to fit into
     for frame in shown:
-        console.print(_rich(frame))
+        print_table(frame, console)
     for line in [*table.verdicts, *table.notes]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     with writing(to):
@@ -119,13 +117,14 @@ def _short(setting: dict[str, str]) -> dict[str, str]:
     return {n if names.count(n) == 1 else key: v for n, (key, v) in zip(names, setting.items(), strict=True)}
 
 
-def _rich(frame: pd.DataFrame) -> RichTable:
-    table = RichTable(box=SIMPLE_HEAD)
-    for column in frame:
-        table.add_column(escape(str(column)))
+def print_table(frame: pd.DataFrame, console: Console) -> None:
+    """Prints a table of texts."""
+    table = RichTable(*map(escape, map(str, frame)), box=SIMPLE_HEAD)
     for line in frame.fillna("").to_numpy().tolist():
         table.add_row(*map(escape, line))
-    return table
+    if not console.is_terminal:
+        console.width = 200  # a file has no width to fit into
+    console.print(table)
 
 
 def markdown(sweeps: Sequence[Sweep], table: Table, shown: Sequence[pd.DataFrame]) -> str:
