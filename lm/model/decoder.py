@@ -48,7 +48,7 @@ class Decoder(nn.Module):
         mlp: str = "swiglu",
         mlp_dim: int | None = None,
         norm: str = "layernorm",
-        tie_embeddings: bool = True,
+        tie_embeddings: bool = False,
         dropout: float = 0.0,
         init_std: float = 0.02,
     ):

@@ -20,7 +20,7 @@ LAYOUTS = {
     "transformer": {"block": "transformer"},
     "no MLP": {"block": "transformer", "mlp": "none", "norm": "rmsnorm"},
     "hybrid": {"mixer": ["attention", {"name": "sessa", "n_heads": 2}, "identity"], "mlp": "gelu"},
-    "untied": {"tie_embeddings": False},
+    "tied": {"tie_embeddings": True},
 }
 
 # Every registered mixer and some hybrids, in every kind of block.

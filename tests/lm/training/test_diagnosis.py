@@ -98,7 +98,7 @@ def test_the_gradients_that_the_failed_step_left_are_not_taken_for_those_of_the_
 
 
 def test_the_second_micro_batch_is_looked_at_too():
-    decoder = Decoder(50, d_model=16, n_layers=1, tie_embeddings=False)
+    decoder = Decoder(50, d_model=16, n_layers=1)
     decoder.initialize(0)
     both, seeds = batches()
     both[1]["input_ids"][0, 0] = 49
