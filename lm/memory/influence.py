@@ -105,7 +105,7 @@ def jacobian_norms(
     if exact:
         return Norms(total.sqrt(), torch.zeros_like(total))
     P = projections
-    products = torch.einsum("ptd,qtd->tpq", g, g).square()
+    products = torch.einsum("pij,qij->ipq", g, g).square()
     apart = (products.sum((1, 2)) - products.diagonal(dim1=1, dim2=2).sum(-1)) / max(P * (P - 1), 1)
     # Of rank 1 at worst, where one projection says least; where all are 0 nothing is uncertain.
     rank = torch.where(apart > 0, (total / P).square() / apart, 1.0).clamp(1.0, float(D))
