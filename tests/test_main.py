@@ -29,6 +29,7 @@ TAKES = {
     "validate": ["RUN", "--checkpoint", "--batches", "--device"],
     "describe": ["RECIPE", "key=value", "--mixers", "--lengths"],
     "convert": ["FOLDER", "--to"],
+    "memory": ["RUN_OR_RECIPE", "--mixers", "--measure", "--text", "--out", "--checkpoint"],
     "checkpoints": ["RUN", "--to", "--shards", "--checkpoint"],
     "sweep": ["RECIPE", "key=value", "--jobs", "--launcher", "--option", "--dry-run", "exit codes"],
     "report": ["SWEEP", "--metric", "--to"],

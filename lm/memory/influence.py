@@ -78,6 +78,7 @@ class Norms:
     error: Tensor  # (t + 1,), relative, at 99%; 0 where the norms are exact
 
 
+@torch.no_grad()  # vjp differentiates none the less; else it would keep graphs for the parameters' sake
 def jacobian_norms(
     function: Callable[[Tensor], Tensor], x: Tensor, t: int, projections: int, generator: torch.Generator
 ) -> Norms:
@@ -100,12 +101,12 @@ def jacobian_norms(
         rows = x.expand(len(piece), -1, -1)  # (P, t + 1, D)
         pull_back = torch.func.vjp(lambda y: function(y)[:, t], rows)[1]
         pulled.append(pull_back(piece)[0])
-    g = torch.cat(pulled).detach()  # (P, t + 1, D)
+    g = torch.cat(pulled)  # (P, t + 1, D)
     total = g.square().sum((0, 2))  # (t + 1,)
     if exact:
         return Norms(total.sqrt(), torch.zeros_like(total))
     P = projections
-    products = torch.einsum("pij,qij->ipq", g, g).square()
+    products = torch.einsum("pti,qti->tpq", g, g).square()
     apart = (products.sum((1, 2)) - products.diagonal(dim1=1, dim2=2).sum(-1)) / max(P * (P - 1), 1)
     # Of rank 1 at worst, where one projection says least; where all are 0 nothing is uncertain.
     rank = torch.where(apart > 0, (total / P).square() / apart, 1.0).clamp(1.0, float(D))

@@ -181,11 +181,14 @@ def test_each_mixer_gets_what_the_blocks_before_it_made():
 def test_memory_of_norms_grows_with_the_length_and_not_its_square(name, tmp_path):
     mixer = build_mixer(name, 16)
 
-    def peak(time):
+    def peak(time, projections=2):
         x = inputs(1, time, 16)[0].float()
-        return peak_bytes(lambda: jacobian_norms(mixer, x, time - 1, 4, torch.Generator()), tmp_path)
+        return peak_bytes(
+            lambda: jacobian_norms(mixer, x, time - 1, projections, torch.Generator()), tmp_path
+        )
 
     assert peak(4096) < 3 * peak(2048)
+    assert peak(4096, projections=8) < 2.5 * peak(4096), "all projections are in memory together"
 
 
 @pytest.mark.parametrize("name", ["attention", "sessa", "deltaformer", "mamba", "mamba2"])
