@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixerlab.data import build_data
+from mixerlab.data.tasks.task import TaskRows
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.recipe.schema import OptimConfig
 from mixerlab.lm.training.optim import lr_factor
@@ -107,7 +108,10 @@ def train(model: nn.Module, logits: Logits, lr: float, seed: int, args: argparse
     began, accuracy = time.perf_counter(), 0.0
     task = {"seq_len": args.seq_len, "n_pairs": args.pairs, "vocab_size": args.vocab_size}
     data = build_data({"name": "mqar", "n_train": args.steps * args.batch_size, "n_valid": 256, **task}, seed)
-    rows, held_out = data.train_dataset(), data.val_datasets()["valid"].batch(range(256))
+    rows, valid = data.train_dataset(), data.val_datasets()["valid"]
+    assert isinstance(rows, TaskRows)
+    assert isinstance(valid, TaskRows)
+    held_out = valid.batch(range(256))
     config = OptimConfig(lr=lr)
     matrices, others = [[p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False)]
     groups = [
@@ -118,7 +122,7 @@ def train(model: nn.Module, logits: Logits, lr: float, seed: int, args: argparse
     for step in range(args.steps):
         ids, labels = rows.batch(range(step * args.batch_size, (step + 1) * args.batch_size))
         F.cross_entropy(logits(ids).flatten(0, 1), labels.flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_factor(step, args.steps, config)
         optimizer.step()

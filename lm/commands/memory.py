@@ -1,7 +1,9 @@
 """mixerlab memory: how strongly outputs depend on inputs, as a function of the lag between them."""
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mixerlab.lm.commands.arguments import add_allow_plugins, add_checkpoint, add_device, at_least
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     from mixerlab.lm.memory.fits import fit
     from mixerlab.lm.memory.measure import measure
     from mixerlab.lm.memory.subject import subject
+    from mixerlab.lm.run.results import results_in
 
     # argparse gives all that follows --mixers to it.
     overrides = [word for word in [*args.subjects, *args.mixers] if "=" in word and not Path(word).exists()]
@@ -79,18 +82,27 @@ def main(arguments: Sequence[str]) -> int:
         "text": None if args.text is None else _read(args.text),
         **{key: getattr(args, key) for key in ("length", "sequences", "seeds", "checkpoint", "device")},
     }
-    measured, console = [], Console(stderr=True)
+    measured, folder, console = [], None, Console(stderr=True)
+    labels: Counter[str] = Counter()
     with console.status("") as status:
         for name in names:
             for mixer in mixers or [""]:
                 chosen = [*overrides, *([f"model.mixer={mixer}"] if mixer else [])]
                 looked_at = subject(name, chosen, args.allow_plugins, **options)
+                if folder is None:  # before the work: it may not be writable
+                    alone = looked_at.run if len(names) * len(mixers or [""]) == 1 else None
+                    folder = args.out or (Path("memory") if alone is None else alone.path / "memory")
+                    with results_in(folder):
+                        pass
+                labels[looked_at.label] += 1
+                if (n := labels[looked_at.label]) > 1:
+                    looked_at = replace(looked_at, label=f"{looked_at.label} ({n})")
                 measures = args.measure or ["routing", "decoder"]
                 measured.append(measure(looked_at, measures, args.projections, status.update))
     fits = [fit(curve, args.tail_from) for one in measured for curve in one.curves]
-    alone = measured[0].subject.run if len(measured) == 1 else None
-    folder = args.out or (Path("memory") if alone is None else alone.path / "memory")
-    files = report.write(folder, measured, fits)
+    assert folder is not None
+    with results_in(folder):
+        files = report.write(folder, measured, fits)
     judged = iter(fits)
     for one in measured:
         n, T = one.subject.tokens.shape

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mixerlab.lm.commands.arguments import at_least
+from mixerlab.lm.commands.arguments import add_allow_plugins, at_least
 from mixerlab.lm.parallel.interrupts import InterruptedRun, Interrupts, exit_code
 
 EXAMPLES = """
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="list the runs, their size, and how long they will take; exit"
     )
+    add_allow_plugins(parser)
     args, rest = parser.parse_known_args(arguments)  # argparse leaves a key=value behind an option over
     if unknown := [argument for argument in rest if argument.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}; see --help")
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 
     console = Console(emoji=False)  # ":x:" in a path is no picture
     overrides = [*args.overrides, *rest]
-    planned = plan(args.recipe, overrides)
+    planned = plan(args.recipe, overrides, args.allow_plugins)
     shares = environments(args.jobs, len(planned), planned[0][1].strategy)
     if args.dry_run:
         from mixerlab.lm.sweep.estimate import list_points

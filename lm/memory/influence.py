@@ -108,7 +108,7 @@ def jacobian_norms(
     P = projections
     products = torch.einsum("pti,qti->tpq", g, g).square()
     apart = (products.sum((1, 2)) - products.diagonal(dim1=1, dim2=2).sum(-1)) / max(P * (P - 1), 1)
-    # Of rank 1 at worst, where one projection says least; where all are 0 nothing is uncertain.
+    # Of rank 1 at worst, where one projection says least; so too, to be careful, where all are 0.
     rank = torch.where(apart > 0, (total / P).square() / apart, 1.0).clamp(1.0, float(D))
     return Norms((total / P).sqrt(), _relative_error(P * rank))
 

@@ -87,7 +87,7 @@ def measure(
             "--measure blocks decoder works for every mixer"
         )
     for key, rows in samples.items():
-        error = float(np.median(errors[key])) if key in errors else 0.0
+        error = max(errors[key]) if key in errors else 0.0
         if lags[key].size:
             values = np.concatenate(rows)
             found.curves.append(lag_curve(subject.label, key, lags[key], values, centres[key], error))
@@ -134,8 +134,8 @@ def _pairs(
     for lag in edges:
         result = jacobian_norms(function, x, sources[-1] + int(lag), projections, generator)
         norms.append(result.norms[sources].double().cpu().numpy())
-        errors.append(float(result.error[sources].median()))
+        errors.append(float(result.error[sources].max()))
     centre = float(np.mean(sources))
     with np.errstate(divide="ignore"):
         table = np.exp(np.log(np.stack(norms, 1)).mean(0, keepdims=True))
-    return edges + sources[-1] - centre, table, centre, float(np.median(errors))
+    return edges + sources[-1] - centre, table, centre, max(errors)

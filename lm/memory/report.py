@@ -67,7 +67,6 @@ def fit_table(curves: Sequence[Curve], fits: Sequence[Fit]) -> pd.DataFrame:
 
 def write(folder: Path, measured: Sequence[Measured], fits: Sequence[Fit]) -> list[Path]:
     """Writes everything into `folder`; returns the files, the page last. `fits` are of all curves, in order."""
-    folder.mkdir(parents=True, exist_ok=True)
     curves = [curve for one in measured for curve in one.curves]
     tables = {"curves.csv": curve_table(curves), "fits.csv": fit_table(curves, fits)}
     pictures = {"influence.png": plots.influence_figure(curves, fits)}

@@ -82,10 +82,9 @@ def _mapping(path: Path, text: str) -> dict[str, Any]:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether a file is the recipe of a run folder, which training wrote, here or elsewhere."""
-    return path.name == "recipe.yaml" and any(
-        (path.parent / name).exists() for name in ("checkpoints", NOTED)
-    )
+    """Whether a file is the recipe of a run folder, or of a point of a sweep, which we wrote, here or elsewhere."""
+    is_noted = (path.parent / NOTED).exists()
+    return is_noted or (path.name == "recipe.yaml" and (path.parent / "checkpoints").exists())
 
 
 LONGEST_SAVED, MOST_BRACKETS = 10**6, 500

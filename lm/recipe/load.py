@@ -62,9 +62,9 @@ def load_recipe(
         raise
 
 
-def sweep_section(source: str | Path) -> Any:
+def sweep_section(source: str | Path, allow_plugins: bool = False) -> Any:
     """What the recipe's file has under `sweep`: keys, and for each a list of values; {} without it."""
-    return read_with_bases(find_recipe(source)).get("sweep") or {}
+    return read_with_bases(find_recipe(source), allow_plugins).get("sweep") or {}
 
 
 def from_layers(
@@ -91,7 +91,7 @@ def from_layers(
     recipe.name = name if recipe.name is None else recipe.name
     for key in ("name", "label"):
         value = getattr(recipe, key)
-        if value is not None and not _is_folder_name(value):
+        if value is not None and not is_folder_name(value):
             expected = f"expected the name of a folder, without slashes, of at most {LONGEST_NAME} characters"
             raise ConfigError(f"{key} = {value!r}: {expected}")
     if changes.get("label") is None:
@@ -106,7 +106,7 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(plain(replace(for_any_devices(recipe), resume=None)))))
 
 
-def _is_folder_name(text: str) -> bool:
+def is_folder_name(text: str) -> bool:
     parts = text not in ("", ".", "..") and not re.search(r"[/\\]", text)
     return parts and text.isprintable() and len(text.encode(errors="replace")) <= LONGEST_NAME
 
@@ -150,12 +150,14 @@ def label(changes: dict[str, Any], before: str | None = None) -> str | None:
 
     `before` is the label that the recipe has already, in which what is changed again is replaced.
     """
+    changed = {key: value for key, value in _leaves(changes) if not f"{key}.".startswith(UNLABELLED)}
+    if not changed:
+        return before  # as it is: of one that was cut not all parts are known
     known = dict.fromkeys(re.split(r"-(?=[A-Za-z_]\w*=)", before)) if before else {}
     shown = {part.partition("=")[0]: part for part in known}
-    for key, value in _leaves(changes):
-        if not f"{key}.".startswith(UNLABELLED):
-            name = key.removesuffix(".name").rpartition(".")[2]
-            shown[name] = f"{name}={_short(value)}"
+    for key, value in changed.items():
+        name = key.removesuffix(".name").rpartition(".")[2]
+        shown[name] = f"{name}={_short(value)}"
     parts = list(shown.values())
     whole = ""
     for n, part in enumerate(parts):

@@ -201,9 +201,8 @@ class Run:
     def result(self) -> dict[str, float]:
         """The final metrics, and `steps`; empty while the run is not finished. Raises ConfigError."""
         result = self._read_json("result.json")
-        if result and not all(
-            isinstance(value, (int, float)) for value in (result.get("steps"), *result.values())
-        ):
+        is_whole = isinstance(result.get("steps"), int)
+        if result and not (is_whole and all(isinstance(value, (int, float)) for value in result.values())):
             raise ConfigError(f"{self.path / 'result.json'}: it is no result of a run")
         return result
 

@@ -10,7 +10,7 @@ from typing import Any
 from mixerlab.lm.recipe.load import parse_override
 from mixerlab.lm.sweep.folder import Sweep
 from mixerlab.lm.sweep.pool import POLL, Launcher, Training
-from mixerlab.options import ConfigError
+from mixerlab.options import ConfigError, first_line
 
 
 def work(folder: str, label: str, place: str) -> int:
@@ -26,7 +26,10 @@ def work(folder: str, label: str, place: str) -> int:
         time.sleep(POLL)
     if state == "finished":
         return 0
-    training = Training(sweep, label, {})
+    try:
+        training = Training(sweep, label, {})
+    except BlockingIOError:  # another job has begun it since
+        return work(folder, label, place)
     while (code := training.poll()) is None:
         time.sleep(POLL)
     return code
@@ -48,8 +51,10 @@ class Submitit:
         """`options` are those of submitit's `update_parameters`, and `cluster`. Raises ConfigError."""
         submitit, self.sweep = _package("submitit"), sweep
         parameters = {"timeout_min": 24 * 60, "name": sweep.path.name, **options}
-        self.executor = submitit.AutoExecutor(sweep.path / "jobs", cluster=parameters.pop("cluster", None))
         try:
+            self.executor = submitit.AutoExecutor(
+                sweep.path / "jobs", cluster=parameters.pop("cluster", None)
+            )
             self.executor.update_parameters(**parameters)
         except (NameError, TypeError, ValueError) as error:
             raise ConfigError(f"--option: {error}") from None
@@ -81,11 +86,12 @@ class Ray:
         """`options` are those of Ray's tasks, such as num_gpus, and `address`. Raises ConfigError."""
         self.ray, self.sweep = _package("ray"), sweep
         parameters = {"num_cpus": 1, "max_retries": 0, **options}
-        self.ray.init(address=parameters.pop("address", None), ignore_reinit_error=True, log_to_driver=False)
+        address = parameters.pop("address", None)
         try:
+            self.ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
             self.task = self.ray.remote(work).options(**parameters)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"--option: {error}") from None
+        except (TypeError, ValueError, RuntimeError, ConnectionError) as error:
+            raise ConfigError(f"--option: {first_line(error)}") from None
         self.tasks: dict[str, Any] = {}
 
     def __str__(self) -> str:

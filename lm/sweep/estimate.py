@@ -1,5 +1,6 @@
 """How long a sweep will take, judged by a step of each model on this machine."""
 
+import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,13 +42,21 @@ def list_points(planned: Sequence[tuple[Point, Recipe]], jobs: int, threads: int
         )
     print_table(pd.DataFrame(lines), console)
     known = [time_ for time_ in times if time_ is not None]
-    whole = f"about {duration(sum(known) / jobs)}" if len(known) == len(times) else "not known how long"
+    whole = f"about {duration(makespan(known, jobs))}" if len(known) == len(times) else "not known how long"
     console.print(
         f"{len(planned)} runs, {jobs} at a time: {whole}, without validations; judged by one step of each model here, "
         "alone on its cores",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def makespan(seconds: Sequence[float], jobs: int) -> float:
+    """When the last of some runs ends that are begun in order, as soon as one of `jobs` places is free."""
+    free = [0.0] * jobs
+    for each in seconds:
+        heapq.heapreplace(free, free[0] + each)
+    return max(free)
 
 
 def seconds(planned: Sequence[tuple[Point, Recipe]], threads: int) -> list[float | None]:

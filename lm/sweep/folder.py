@@ -10,6 +10,7 @@
 
 import fcntl
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -21,15 +22,16 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mixerlab.lm.parallel.interrupts import INTERRUPTED
-from mixerlab.lm.recipe.load import UNLABELLED, differing_keys, to_yaml
+from mixerlab.lm.recipe.load import differing_keys, is_folder_name, to_yaml
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.folder import Run, runs_of, writing
+from mixerlab.lm.run.start import PLACE
 from mixerlab.lm.sweep.plan import Point
-from mixerlab.options import ConfigError, show
+from mixerlab.options import ConfigError, first_line, show
 from mixerlab.sealed import read_noted, write_noted
 
-MAY_CHANGE = (*(key for key in UNLABELLED if key not in ("logging.", "plugins.")), "logging.dir.")
-"""Keys that a half-done sweep may have otherwise than before: those that a run which goes on may, too."""
+MAY_CHANGE = tuple(f"{key.rstrip('.')}." for key in ("name", "label", "logging.dir", *PLACE))
+"""Keys that a half-done sweep may have otherwise than before, if the rows of a step stay as many."""
 
 ENDED = "=== ended with exit code "
 """The last line of a log, unless whoever watched the training was killed."""
@@ -61,14 +63,19 @@ class Sweep:
         path = Path(path)
         try:
             noted = json.loads(read_noted(path / "sweep.json"))
-            return cls(path, noted["command"], [Point(**point) for point in noted["points"]])
+            command, points = noted["command"], [Point(**point) for point in noted["points"]]
+            if not all(isinstance(word, str) for word in command):
+                raise ValueError("its command is no list of words")
+            for point in points:
+                _check(point)
+            return cls(path, command, points)
         except OSError:
             found = "it has no sweep.json" if path.is_dir() else "no such folder"
             raise ConfigError(
                 f"sweep {path}: {found}; expected the folder that `mixerlab sweep` names"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"sweep {path}: its sweep.json is damaged: {error}") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(f"sweep {path}: its sweep.json is damaged: {first_line(error)}") from None
 
     @classmethod
     def of(cls, planned: list[tuple[Point, Recipe]], command: list[str]) -> Self:
@@ -85,7 +92,7 @@ class Sweep:
         """Writes the points down. Raises ConfigError where some are there already, and with another recipe."""
         recipes = {point.label: recipe for point, recipe in planned}
         if (self.path / "sweep.json").exists():
-            Sweep.open(self.path)._check_same(recipes)
+            Sweep.open(self.path)._check_same(self, recipes)
         with writing(self.path):
             (self.path / "points").mkdir(exist_ok=True)
             for label, recipe in recipes.items():
@@ -93,8 +100,8 @@ class Sweep:
             noted = {"command": self.command, "points": [asdict(point) for point in self.points.values()]}
             write_noted(self.path / "sweep.json", json.dumps(noted, indent=1) + "\n")
 
-    def _check_same(self, recipes: Mapping[str, Recipe]) -> None:
-        """Raises ConfigError unless every point of this sweep is one of these, with the same recipe."""
+    def _check_same(self, now: "Sweep", recipes: Mapping[str, Recipe]) -> None:
+        """Raises ConfigError unless every point of this sweep is one of those, with the same recipe."""
         another = "start another sweep with name=, or move the folder away"
         for label in self.points:
             if label not in recipes:
@@ -105,6 +112,12 @@ class Sweep:
                 before = yaml.safe_load(read_noted(self.recipe_file(label)))
             except (OSError, ValueError) as error:
                 raise ConfigError(f"sweep {self.path}: {error}") from None
+            rows = [sweep.points[label].step_rows for sweep in (self, now)]
+            if rows[0] != rows[1]:
+                raise ConfigError(
+                    f"sweep {self.path}: a step had {rows[0]} rows over all devices when it began, and now has "
+                    f"{rows[1]}; expected as many; {another}"
+                )
             for key, old, new in differing_keys(before, yaml.safe_load(to_yaml(recipes[label]))):
                 if not f"{key}.".startswith(MAY_CHANGE):
                     raise ConfigError(
@@ -146,9 +159,13 @@ class Sweep:
     def clear(self, label: str) -> None:
         """Deletes runs of a point that ended before their first checkpoint: there is nothing to go on with."""
         for run in self._runs(label):
-            run.checkpoints.put_back()
-            if not run.is_finished and not run.checkpoints.all():
-                shutil.rmtree(run.path)
+            try:
+                with run.lock():
+                    run.checkpoints.put_back()
+                    if not run.is_finished and not run.checkpoints.all():
+                        shutil.rmtree(run.path)
+            except ConfigError:  # somebody trains it by hand
+                continue
 
     def status(self, label: str) -> Status:
         """How far a point has come, by what lies in the folder."""
@@ -168,6 +185,18 @@ class Sweep:
         log = self.log_file(label)
         step, steps, loss = how_far(_tail(log)) or (0, self.points[label].steps, None)
         return Status("running" if is_locked(log) else "waiting", step, steps, loss)
+
+
+def _check(point: Point) -> None:
+    """Raises ValueError unless a point that was read is one that `Sweep.begin` could have written."""
+    if not (isinstance(point.label, str) and is_folder_name(point.label)):
+        raise ValueError(f"the label of a point is {point.label!r}")
+    texts = isinstance(point.values, dict) and all(
+        isinstance(text, str) for item in point.values.items() for text in item
+    )
+    numbers = (point.parameters, point.step_rows, point.row_flops, point.state_bytes, point.steps or 0)
+    if not texts or not all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers):
+        raise ValueError(f"the point {point.label} has values that no sweep writes")
 
 
 def is_locked(path: Path) -> bool:
@@ -194,7 +223,7 @@ def _tail(path: Path, length: int = 8192) -> str:
 
 def how_far(log: str) -> tuple[int, int, float | None] | None:
     """(step, steps, loss) of the last line of a log that says how far training is, or None."""
-    said = re.findall(r"^step (\d+)/(\d+) · (?:loss (\S+))?", log, re.MULTILINE)
+    said = re.findall(r"^step (\d+)/(\d+) · (?:loss (nan|inf|\d+\.\d+))?", log, re.MULTILINE)
     if not said:
         return None
     losses: list[Any] = [loss for _, _, loss in said if loss]
@@ -210,4 +239,4 @@ def ended(log: str) -> int | None:
 def last_line(log: str) -> str:
     """The last thing that training said before it ended."""
     said = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("===")]
-    return said[-1] if said else "it said nothing"
+    return "".join(filter(str.isprintable, said[-1])) if said else "it said nothing"

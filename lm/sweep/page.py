@@ -37,7 +37,7 @@ summary { cursor: pointer; margin-top: 1.5rem; }
 </style>
 </head>
 <body>
-<h1>TITLE</h1>
+<h1>{title}</h1>
 <pre>{commands}</pre>
 <div class="verdict">{verdicts}</div>
 {tables}
@@ -60,19 +60,24 @@ def page(
     """
     runs = table.runs.drop(columns=["log", "reason", "step", "state_bytes"]).rename(columns=in_words)
     title = escape(", ".join(sweep.name for sweep in sweeps))
-    head, _, body = PAGE.replace("TITLE", title).partition("</style>")
+    head, _, body = PAGE.partition("</style>")
     images = {CAPTIONS[name]: base64.b64encode(picture).decode() for name, picture in pictures.items()}
-    return f"{head}</style>" + body.format(
-        commands="\n".join(escape(" ".join(["mixerlab sweep", *sweep.command])) for sweep in sweeps),
-        verdicts="".join(f"<p>{escape(line)}.</p>" for line in table.verdicts),
-        tables="".join(map(_html, shown)),
-        notes="".join(f"<li>{escape(line)}.</li>" for line in table.notes),
-        pictures="".join(
-            f"<figure><figcaption>{escape(name)}</figcaption>"
-            f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{image}"></figure>'
-            for name, image in images.items()
-        ),
-        runs=_html(runs),
+    return (
+        head.replace("TITLE", title)
+        + "</style>"
+        + body.format(
+            title=title,
+            commands="\n".join(escape(" ".join(["mixerlab sweep", *sweep.command])) for sweep in sweeps),
+            verdicts="".join(f"<p>{escape(line)}.</p>" for line in table.verdicts),
+            tables="".join(map(_html, shown)),
+            notes="".join(f"<li>{escape(line)}.</li>" for line in table.notes),
+            pictures="".join(
+                f"<figure><figcaption>{escape(name)}</figcaption>"
+                f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{image}"></figure>'
+                for name, image in images.items()
+            ),
+            runs=_html(runs),
+        )
     )
 
 

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -56,9 +57,9 @@ def split_values(text: str) -> list[str]:
     return [value.strip() for value in values]
 
 
-def grid_of(source: str, overrides: Sequence[str]) -> dict[str, list[str]]:
+def grid_of(source: str, overrides: Sequence[str], allow_plugins: bool = False) -> dict[str, list[str]]:
     """Key -> its values, from the recipe's `sweep:` and the command line, which comes last. Raises ConfigError."""
-    section = sweep_section(source)
+    section = sweep_section(source, allow_plugins)
     if not isinstance(section, dict):
         raise ConfigError(f"sweep = {show(section)}: expected a mapping of keys to lists of values")
     grid: dict[str, list[str]] = {}
@@ -93,9 +94,13 @@ def _as_text(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def plan(source: str, overrides: Sequence[str]) -> list[tuple[Point, Recipe]]:
-    """The points of a sweep, in the order of the lists, each with its recipe, whole and sized. Raises ConfigError."""
-    grid = grid_of(source, overrides)
+def plan(source: str, overrides: Sequence[str], allow_plugins: bool = False) -> list[tuple[Point, Recipe]]:
+    """The points of a sweep, in the order of the lists, each with its recipe, whole and sized. Raises ConfigError.
+
+    Plug-ins that a recipe of a run folder names are imported with `allow_plugins`, or where `plugins=` is given.
+    """
+    allow_plugins = allow_plugins or any(override.startswith("plugins=") for override in overrides)
+    grid = grid_of(source, overrides, allow_plugins)
     given = [override.partition("=")[0] for override in overrides]
     planned: list[tuple[Point, Recipe]] = []
     costs: dict[str, tuple[ModelConfig, Cost]] = {}  # by model and data: to find a width takes a second
@@ -105,7 +110,8 @@ def plan(source: str, overrides: Sequence[str]) -> list[tuple[Point, Recipe]]:
         point = {key: f"{key}={value}" for key, value in values.items()}
         # In the order of the command line: a choice drops the options that stand before it.
         layers = [point.get(key, override) for key, override in zip(given, overrides, strict=True)]
-        recipe = load_recipe(source, [*(point[key] for key in grid if key not in given), *layers])
+        layers = [*(point[key] for key in grid if key not in given), *layers]
+        recipe = load_recipe(source, layers, allow_plugins=allow_plugins)
         if recipe.resume is not None:
             raise ConfigError(f"resume = {recipe.resume!r}: a sweep goes on by itself; leave it out")
         if recipe.strategy.devices == "auto":
@@ -119,14 +125,20 @@ def plan(source: str, overrides: Sequence[str]) -> list[tuple[Point, Recipe]]:
         model, found = costs[costly]
         varied = reduce(merge, map(parse_override, point.values()))
         name = label(varied) or "run"
-        taken = {point.label for point, _ in planned}
-        if name in taken:  # long values are cut
+        taken = [point.label for point, _ in planned]
+        if _are_confused(name, taken):  # long values are cut
             name = next(f"{name}-v{n}" for n in itertools.count(2) if f"{name}-v{n}" not in taken)
         recipe = replace(recipe, model=model, label=name)
         if (other := same.setdefault(repr(replace(recipe, label=None)), name)) != name:
             raise ConfigError(f"{' '.join(point.values())}: the same run as {other}; leave one of them out")
         planned.append((_point(recipe, name, values, found), recipe))
     return planned
+
+
+def _are_confused(label: str, others: Iterable[str]) -> bool:
+    """Whether a run of one could be taken for that of another: runs of one minute have a number behind the label."""
+    pairs = [pair for other in others for pair in ((label, other), (other, label))]
+    return any(re.fullmatch(rf"{re.escape(a)}(-\d+)?", b) for a, b in pairs)
 
 
 def _point(recipe: Recipe, label: str, values: dict[str, str], cost: Cost) -> Point:

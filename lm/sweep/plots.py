@@ -51,10 +51,15 @@ def _picture(draw: Callable, table: Table, contexts: dict[str, list[Row]]) -> by
         panels = figure.subplots(len(contexts), squeeze=False)[:, 0]
         for panel, (context, rows) in zip(panels, contexts.items(), strict=True):
             draw(panel, table, rows)
-            panel.set_title(context, loc="left", fontsize=9)
+            panel.set_title(_plain(context), loc="left", fontsize=9)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
+
+
+def _plain(text: str) -> str:
+    """As it is: matplotlib takes what is between dollars for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _coloured(rows: Sequence[Row]) -> list[tuple[Row, str]]:
@@ -82,7 +87,7 @@ def _curves(panel: Axes, table: Table, rows: list[Row]) -> None:
         together = pd.concat(curves, axis=1).dropna() if curves else pd.DataFrame()
         if together.empty:
             continue
-        panel.plot(together.index, together.mean(axis=1), color=colour, label=row.name)
+        panel.plot(together.index, together.mean(axis=1), color=colour, label=_plain(row.name))
         panel.fill_between(
             together.index, together.min(axis=1), together.max(axis=1), color=colour, alpha=0.15
         )
@@ -102,7 +107,7 @@ def _datasets(panel: Axes, table: Table, rows: list[Row]) -> None:
         ends = np.array([interval(v) for v in values]).T
         errors = np.abs(ends - means)
         x = np.arange(len(names)) + 0.04 * (i - (len(rows) - 1) / 2)  # or intervals would hide each other
-        panel.errorbar(x, means, errors, color=colour, label=row.name, marker="o", capsize=3)
+        panel.errorbar(x, means, errors, color=colour, label=_plain(row.name), marker="o", capsize=3)
     panel.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
     panel.set_ylabel(in_words(rate))
     panel.legend()

@@ -4,7 +4,9 @@ A killed sweep leaves nothing behind that another would trip over: trainings not
 write a checkpoint and end, and until then hold the lock of their log.
 """
 
+import contextlib
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -32,16 +34,16 @@ class Training:
         """`environment` is what it has of its own. Raises BlockingIOError while another process trains the point."""
         self.log = sweep.log_file(label).open("ab", buffering=0)
         try:
-            # The training inherits this, and with it the lock.
-            fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self.log)  # the training inherits this, and with it the lock
         except BlockingIOError:
             self.log.close()
             raise
         sweep.clear(label)
         run = sweep.run_of(label)
         command = [sys.executable, "-P", "-m", "mixerlab", "train", str(sweep.recipe_file(label))]
+        command.append("--allow-plugins")  # whoever began the sweep has let its recipe import them
         if run is not None:
-            command.append(f"resume={run.path}")
+            command.append(f"resume={json.dumps(str(run.path))}")
         paths = os.pathsep.join(filter(None, sys.path))  # of plug-ins, however found
         self.log.write(f"=== {datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(command[2:])}\n".encode())
         self.process = subprocess.Popen(
@@ -66,6 +68,18 @@ class Training:
     def stop(self) -> None:
         """Asks it to write a checkpoint and end."""
         self.process.terminate()
+
+
+def _lock(file: BinaryIO, patience: float = 1.0) -> None:
+    """Takes the file's lock. Raises BlockingIOError where another holds it for longer than one who only looks."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
 
 
 class Launcher(Protocol):
@@ -106,11 +120,13 @@ class Local:
             state = self.sweep.status(label).state
             if state == "running":
                 continue  # since an earlier sweep, which was killed: it will end soon
-            self.waiting.remove(label)
             if state == "finished":
+                self.waiting.remove(label)
                 continue
-            slot = free.pop(0)
-            self.trainings[slot] = label, Training(self.sweep, label, self.environments[slot])
+            with contextlib.suppress(BlockingIOError):  # another has begun it since: wait for its end
+                self.trainings[free[0]] = label, Training(self.sweep, label, self.environments[free[0]])
+                self.waiting.remove(label)
+                free.pop(0)
             if not free:
                 break
         return {*self.waiting, *(label for label, _ in self.trainings.values())}
@@ -134,7 +150,7 @@ def environments(jobs: int | None, points: int, strategy: StrategyConfig) -> lis
     gpus = [] if strategy.accelerator == "cpu" else list(map(str, range(torch.cuda.device_count())))
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         gpus = visible.split(",")[: len(gpus)]
-    jobs = jobs or max(1, min(points, len(gpus or range(cores)) // devices))
+    jobs = max(1, min(points, jobs or len(gpus or range(cores)) // devices))
     shares = [
         {"OMP_NUM_THREADS": str(max(1, cores // (jobs * (1 if gpus else devices))))} for _ in range(jobs)
     ]

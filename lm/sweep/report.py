@@ -1,5 +1,6 @@
 """The table of sweeps on the terminal, and as Markdown, CSV, a picture and a page of HTML that needs no network."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from mixerlab.lm.model.cost import si, size
-from mixerlab.lm.run.folder import writing
+from mixerlab.lm.run.results import results_in
 from mixerlab.lm.sweep import plots
 from mixerlab.lm.sweep.folder import Sweep
 from mixerlab.lm.sweep.page import page
@@ -35,8 +36,7 @@ def report(
         print_table(frame, console)
     for line in [*table.verdicts, *table.notes]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    with writing(to):
-        to.mkdir(parents=True, exist_ok=True)
+    with results_in(to):
         pictures = plots.pictures(table)
         for name, picture in pictures.items():
             (to / f"{name}.svg").write_bytes(picture)
@@ -57,10 +57,13 @@ def results(table: Table) -> pd.DataFrame:
         for metric in dict.fromkeys((table.metric, table.selection)):
             line[in_words(metric)] = spread(row.values(metric))
         low, high = interval(row.values(table.metric))
-        line["95% interval"] = f"{low:.3f} to {high:.3f}" if len(row.runs) > 1 else ""
+        is_known = not math.isnan(low)
+        line["95% interval"] = f"{low:.3f} to {high:.3f}" if is_known and len(row.runs) > 1 else ""
         apart = are_told_apart(first, row, table.metric)
         behind = abs(row.mean(table.metric) - first.mean(table.metric))
-        line["behind the best"] = "" if row is first else f"{behind:.3f}" if apart else "not distinguishable"
+        line["behind the best"] = f"{behind:.3f}" if apart else "not distinguishable"
+        if row is first or not is_known:
+            line["behind the best"] = ""
         line["parameters"] = f"{int(row.runs['parameters'].iloc[0]):,}"
         line["training FLOPs"] = si(row.mean("training_FLOPs"))
         line["tokens/s"] = si(row.mean("tokens_per_second"))

@@ -111,10 +111,17 @@ def tabulate(sweeps: Sequence[Sweep], metric: str | None = None) -> Table:
         )
     contexts = list(dict.fromkeys(tuple(row.context.items()) for row in table.rows))
     table.rows.sort(
-        key=lambda row: (contexts.index(tuple(row.context.items())), -gain(row.mean(metric), metric))
+        key=lambda row: (
+            contexts.index(tuple(row.context.items())),
+            -np.nan_to_num(gain(row.mean(metric), metric), nan=-math.inf),
+        )
     )
     for context in contexts:
-        rows = [row for row in table.rows if tuple(row.context.items()) == context]
+        rows = [
+            row
+            for row in table.rows
+            if tuple(row.context.items()) == context and not math.isnan(row.mean(metric))
+        ]
         if len(rows) > 1:
             where = ", ".join(value for _, value in context)
             table.verdicts.append((f"{where}: " if where else "") + verdict(rows, metric))
@@ -231,6 +238,11 @@ def _notes(table: Table, tuned: list[str]) -> Iterator[str]:
             f"Selection: for each row the {names} with the best mean {in_words(table.selection)} over its seeds, among "
             "those with the most finished runs; no other dataset is looked at"
         )
+        if table.metric == table.selection:
+            yield (
+                "The same numbers choose and are shown, so they flatter every row a little: no test split has "
+                f"{in_words(table.metric).partition(' ')[2]}"
+            )
     yield f"Runs: {counted(runs)}"
     for _, line in runs[runs["state"] != "finished"].iterrows():
         how = (
@@ -262,6 +274,7 @@ FALSE_ALARMS = {2: 0.33, 3: 0.2, 4: 0.14, 5: 0.12}
 
 def _edges(values: "pd.Series[str]") -> set[str]:
     """The smallest and the largest of the numbers tried; none where there is no choice, or they are no numbers."""
+    values = values[values != ""]  # of a sweep that has no list for this key
     numbers = pd.to_numeric(values, errors="coerce")
     if numbers.isna().any() or numbers.nunique() < 2:
         return set()

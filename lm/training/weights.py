@@ -22,7 +22,7 @@ NAMED = 4
 
 def find_weights(source: str) -> Path:
     """The checkpoint that `init_from` names, a run's last or one in a run's folder, verified. Raises ConfigError."""
-    path = Path(source)
+    path = Path(source).absolute()
     is_checkpoint = path.name.startswith("step-")
     try:
         # Its plug-ins are allowed since its recipe is never asked for: nothing is imported.

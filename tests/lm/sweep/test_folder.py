@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 
 import pytest
 
@@ -9,6 +10,7 @@ from mixerlab.__main__ import main
 from mixerlab.lm.run.folder import Run
 from mixerlab.lm.sweep.folder import ENDED, Sweep, ended, how_far, last_line
 from mixerlab.options import ConfigError
+from mixerlab.sealed import write_noted
 from sweeps import begun, fail, finish
 
 
@@ -27,13 +29,23 @@ def test_the_same_points_may_be_begun_again_and_more_added(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["trainer.max_time=3h", "strategy.timeout=60", "data.cache_dir=elsewhere"]
+    "overrides",
+    [
+        ["trainer.max_time=3h"],
+        ["strategy.timeout=60"],
+        ["trainer.num_workers=1"],
+        ["strategy.devices=2", "trainer.batch_size=2"],  # as many rows a step
+    ],
 )
-def test_where_and_how_long_it_trains_may_change(tmp_path, override):
-    if override.startswith("data"):
-        override = "trainer.num_workers=1"
+def test_where_and_how_long_it_trains_may_change(tmp_path, overrides):
     begun(tmp_path, "seed=0,1")
-    begun(tmp_path, "seed=0,1", override)
+    begun(tmp_path, "seed=0,1", *overrides)
+
+
+def test_another_number_of_rows_in_a_step_is_refused(tmp_path):
+    begun(tmp_path, "seed=0,1")
+    with pytest.raises(ConfigError, match="a step had 4 rows over all devices when it began, and now has 8"):
+        begun(tmp_path, "seed=0,1", "strategy.devices=2")
 
 
 def test_a_changed_recipe_is_refused_with_the_key(tmp_path):
@@ -89,6 +101,44 @@ def test_a_damaged_sweep_is_answered_in_a_line(tmp_path):
         Sweep.open(sweep.path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"label": 5},
+        {"label": "../../elsewhere"},
+        {"values": "x"},
+        {"values": {"seed": [1]}},
+        {"parameters": "abc"},
+        {"row_flops": math.nan},
+    ],
+    ids=str,
+)
+def test_a_strangers_sweep_is_refused_in_a_line(tmp_path, wrong, capsys):
+    sweep = begun(tmp_path, "seed=0,1")
+    (sweep.path / "checksums.json").unlink()
+    noted = json.loads((sweep.path / "sweep.json").read_text())
+    noted["points"][0] |= wrong
+    (sweep.path / "sweep.json").write_text(json.dumps(noted))
+    assert main(["report", str(sweep.path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its sweep.json is damaged" in line
+
+
+def test_the_recipe_of_a_strangers_point_imports_nothing(tmp_path, capsys, monkeypatch):
+    sweep = begun(tmp_path, "seed=0,1")
+    file = sweep.recipe_file("seed=0")
+    write_noted(file, file.read_text().replace("plugins: []", "plugins: [evil]"))
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["train", str(file), "--print-config"]) == 2
+    assert "--allow-plugins" in capsys.readouterr().err
+
+
+def test_what_a_stranger_wrote_into_a_log_is_shown_as_text():
+    assert last_line("step 1/2 · loss x\n\x1b[2Jgone\n") == "[2Jgone"
+    assert how_far("step 1/2 · loss x\n") == (1, 2, None)
+
+
 def test_a_damaged_recipe_of_a_point_is_answered_in_a_line(tmp_path):
     sweep = begun(tmp_path, "seed=0,1")
     sweep.recipe_file("seed=0").write_text("seed: 3\n")
@@ -117,6 +167,17 @@ def test_how_far_a_point_has_come_is_what_lies_in_its_folder(tmp_path):
     assert statuses["seed=1"].reason == "stopped: the loss is nan"
     assert (statuses["seed=3"].step, statuses["seed=3"].steps, statuses["seed=3"].loss) == (3, 6, 2.25)
     assert sweep.status("seed=3").state == "interrupted", "its lock has gone without a word"
+
+
+def test_a_run_that_somebody_trains_by_hand_is_left_alone(tmp_path):
+    sweep = begun(tmp_path, "seed=0,1")
+    run = Run(sweep.path / "20260101-0000-seed=0")
+    run.checkpoints.folder.mkdir(parents=True)
+    with run.lock():
+        sweep.clear("seed=0")
+        assert run.path.is_dir()
+    sweep.clear("seed=0")
+    assert not run.path.exists()
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_cleared_away(tmp_path):

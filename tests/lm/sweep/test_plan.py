@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixerlab.lm.model.decoder import count_parameters
-from mixerlab.lm.recipe.load import load_recipe
+from mixerlab.lm.recipe.load import load_recipe, to_yaml
 from mixerlab.lm.recipe.schema import Recipe
-from mixerlab.lm.sweep.plan import grid_of, plan, split_values
+from mixerlab.lm.sweep.plan import _are_confused, grid_of, plan, split_values
 from mixerlab.options import ConfigError
 
 atoms = st.text("abz019.-_ ", min_size=1, max_size=6).map(str.strip).filter(bool)
@@ -142,6 +142,27 @@ def test_costs_of_a_point_are_those_of_its_decoder(tmp_path):
     assert by_tokens.steps == count_steps(recipe, 0, 32)
     (unknown, _), _ = plan(recipe_file(tmp_path, ""), ["seed=0,1", "trainer.epochs=1"])
     assert unknown.steps is None
+
+
+def test_no_points_runs_can_be_taken_for_anothers():
+    assert _are_confused("data=a", ["data=a-2"])
+    assert _are_confused("data=a-2", ["data=a"])
+    assert not _are_confused("data=a", ["data=a-b", "data=ab"])
+
+
+def test_a_cut_label_is_the_same_when_its_recipe_is_read_again(tmp_path):
+    lists = ["model.d_model=32,64", "optim.weight_decay=0.1,0.2", "optim.warmup_steps=100,200", "seed=0,1"]
+    more = [
+        "trainer.batch_size=4,8",
+        "optim.final_lr_ratio=0.1,0.2",
+        "trainer.val_every=3,4",
+        "optim.lr=1e-3,2e-3",
+    ]
+    for point, recipe in plan(recipe_file(tmp_path, ""), [*lists, *more])[:3]:
+        file = tmp_path / "point.yaml"
+        file.write_text(to_yaml(recipe))
+        assert load_recipe(file).label == point.label
+        assert "more" in point.label
 
 
 def test_points_whose_labels_are_cut_alike_get_names_of_their_own(tmp_path):

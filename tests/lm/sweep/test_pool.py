@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from mixerlab.lm.recipe.schema import StrategyConfig
 from mixerlab.lm.sweep import pool
 from mixerlab.lm.sweep.folder import Sweep
-from mixerlab.lm.sweep.pool import Local, Training, environments, train_points
+from mixerlab.lm.sweep.pool import Local, Training, _lock, environments, train_points
 from mixerlab.lm.sweep.view import View
 from sweeps import begun, fail, finish, recipe_file
 
@@ -135,6 +136,16 @@ def test_only_one_process_trains_a_point(tmp_path):
         fcntl.flock(log, fcntl.LOCK_EX)
         with pytest.raises(BlockingIOError):
             Training(sweep, "seed=0", {})
+
+
+def test_who_only_looks_at_a_lock_stops_no_start(tmp_path):
+    path = tmp_path / "log"
+    with path.open("wb") as looking, path.open("wb") as starting:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, fcntl.flock, [looking, fcntl.LOCK_UN]).start()
+        _lock(starting)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 @pytest.mark.parametrize(

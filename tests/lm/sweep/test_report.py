@@ -1,14 +1,18 @@
 """The files of a report, and the commands `sweep` and `report` where nothing is trained."""
 
 import base64
+import io
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from mixerlab.__main__ import main
+from mixerlab.lm.sweep.report import report
+from mixerlab.options import ConfigError
 from sweeps import begun, fail, finish, made_up, recipe_file
 
 
@@ -91,6 +95,22 @@ def test_the_page_needs_no_network_and_takes_no_name_for_markup(sweep):
     assert not {"script", "link", "b"} & set(page.tags)
     assert "[attention, <b>sessa]" in page.texts
     assert page.tags.count("table") == 3
+
+
+def test_a_name_with_braces_and_dollars_is_a_name(tmp_path):
+    sweep = made_up(tmp_path, [({"model.mixer": "$a$b$", "seed": "0"}, {"valid__loss": 1.0})], "x{y}")
+    report([sweep], Console(file=io.StringIO()))
+    assert "<h1>x{y}</h1>" in (sweep.path / "report" / "report.html").read_text()
+
+
+def test_a_link_in_the_report_is_not_followed(sweep, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (sweep.path / "report").mkdir()
+    (sweep.path / "report" / "table.csv").symlink_to(precious)
+    with pytest.raises(ConfigError, match="a link"):
+        report([sweep], Console(file=io.StringIO()))
+    assert precious.read_text() == "mine"
 
 
 def test_another_metric_and_folder_can_be_asked_for(sweep, tmp_path, capsys):

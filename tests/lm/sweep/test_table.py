@@ -212,6 +212,32 @@ def test_what_is_missing_is_said_with_its_reason(tmp_path):
     assert f"Missing: {labels[1]} is failed: stopped: the loss is nan (log: {log})" in notes
 
 
+def test_runs_without_the_metric_are_in_no_verdict(tmp_path):
+    settings = [({"model.mixer": m, "seed": s}, {"valid__loss": 1.0}) for m in ("a", "b", "c") for s in "01"]
+    for i in (0, 1, 4, 5):  # of a and c
+        settings[i][1]["test__loss"] = 1.0 + i
+    table = tabulate([made_up(tmp_path, settings)], "test/loss")
+    assert [row.name for row in table.rows] == ["a", "c", "b"]
+    assert "b" not in table.verdicts[0].split()
+
+
+def test_the_edge_of_what_was_tried_is_said_of_several_sweeps_too(tmp_path):
+    tuned = [({"optim.lr": lr, "seed": "0"}, {"valid__loss": float(lr)}) for lr in ("1", "2", "3")]
+    other = [({"seed": "0"}, {"valid__loss": 1.0})]
+    table = tabulate([made_up(tmp_path, tuned, "one"), made_up(tmp_path, other, "two")])
+    assert any(note.startswith("At the edge") for note in table.notes)
+
+
+def test_it_is_said_where_the_numbers_that_choose_are_those_that_are_shown(tmp_path):
+    settings = [({"optim.lr": lr, "seed": "0"}, {"valid__loss": 1.0}) for lr in ("1", "2")]
+    notes = tabulate([made_up(tmp_path, settings)]).notes
+    assert any("flatter" in note for note in notes)
+    for _, result in settings:
+        result["test__loss"] = 1.0
+    notes = tabulate([made_up(tmp_path, settings, "tested")]).notes
+    assert not any("flatter" in note for note in notes)
+
+
 def test_a_metric_that_no_run_has_is_named(tmp_path):
     with pytest.raises(
         ConfigError, match="--metric valid/accurate: no run has it; did you mean 'valid/accuracy'"

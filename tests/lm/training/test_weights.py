@@ -8,6 +8,7 @@ import torch
 
 from mixerlab.lm.run.checkpoint import read
 from mixerlab.lm.run.folder import Run
+from mixerlab.lm.training.weights import find_weights
 from started_runs import FSDP, finish, layout, start
 from tiny_runs import TINY, before_step, interrupt, metric, run_dirs, train
 
@@ -96,6 +97,12 @@ def test_weights_that_cannot_be_taken_are_refused_in_one_line(
 def test_a_dry_run_says_too_that_there_are_no_such_weights(options, capsys):
     assert train(TINY, *options, "init_from=nowhere", "--dry-run") == 2
     assert "init_from = 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_may_be_named_from_within_its_folder(finished, monkeypatch):
+    folder = finished[0] / "checkpoints"
+    monkeypatch.chdir(folder)
+    assert find_weights("step-00000020") == folder / "step-00000020"
 
 
 @pytest.mark.slow

@@ -1,0 +1,22 @@
+"""Files for people beside those of a run or a sweep: tables, pictures, pages."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mixerlab.lm.run.folder import writing
+from mixerlab.options import ConfigError
+
+
+@contextmanager
+def results_in(folder: Path) -> Iterator[None]:
+    """Around what writes files for people into a folder, which is made. Raises ConfigError where it cannot.
+
+    The folder may be in a stranger's run or sweep, so links are refused: a file would be written where they lead.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder, *folder.iterdir()):
+            if path.is_symlink():
+                raise ConfigError(f"{path}: a link, which writing results would follow; remove it")
+        yield
