@@ -74,7 +74,7 @@ def test_a_run_that_goes_on_needs_the_weights_no_more(finished, tmp_path, option
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["init_from=nowhere"], "init_from = 'nowhere': run folder nowhere: no such folder"),
+        (["init_from=nowhere"], "nowhere: no such folder; expected runs/<recipe name>/<run>"),
         (["init_from={source}", "model.d_model=16", "model.mixer=attention"], "init_from: no tensor of"),
         (
             ["init_from={source}", "data.tokenizer=bpe", "data.vocab_size=300"],
