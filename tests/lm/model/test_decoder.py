@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mixerlab.data import build_data
 from mixerlab.lm.model.decoder import Decoder, build_decoder, count_parameters, spared_parameters
 from mixerlab.lm.recipe.files import SHIPPED
+from mixerlab.lm.model.match import sized
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.mixers import MIXERS
 
@@ -276,7 +277,7 @@ def test_the_recipe_says_what_is_built_and_how_many_parameters_that_has():
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(SHIPPED.glob("*.yaml"))])
 def test_every_recipe_builds_on_the_meta_device(name):
-    recipe = load_recipe(name)
+    recipe = sized(load_recipe(name))
     with torch.device("meta"):
         decoder = build_decoder(recipe, build_data(recipe.data, recipe.seed).vocab_size)
     assert all(parameter.is_meta for parameter in decoder.parameters())
