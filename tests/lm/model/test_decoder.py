@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mixerlab.data import build_data
 from mixerlab.lm.model.decoder import Decoder, build_decoder, count_parameters, spared_parameters
-from mixerlab.lm.recipe.files import SHIPPED
 from mixerlab.lm.model.match import sized
+from mixerlab.lm.recipe.files import SHIPPED
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.mixers import MIXERS
 
