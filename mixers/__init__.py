@@ -3,6 +3,7 @@
 from mixerlab.mixers import (  # noqa: F401  (importing registers them)
     attention,
     deltaformer,
+    gated_deltanet,
     identity,
     mamba,
     mamba2,

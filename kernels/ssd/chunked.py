@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mixerlab.kernels.decays import decays
+
 _CHUNK = 64
 _BRANCH = 32  # chunks that the scan over states puts together at a time
 
@@ -56,7 +58,7 @@ def ssd_chunked(
         before = torch.cat((ids[:, :1, 0], ids[:, :, -1]), dim=1)  # (B, M + 1)
 
     # Positions to later positions of their chunk.
-    weights = _decays(exponent, ids, accumulate)  # (B, M, H, Q, Q)
+    weights = decays(exponent, ids, accumulate)  # (B, M, H, Q, Q)
     scores = (queries @ keys.mT)[:, :, :, None]  # (B, M, G, 1, Q, Q)
     weights = (weights.unflatten(2, (G, -1)) * scores).to(dtype).flatten(2, 3)  # (B, M, H, Q, Q)
     inside = (weights @ values.transpose(2, 3)).transpose(2, 3)  # (B, M, Q, H, P)
@@ -87,46 +89,6 @@ def ssd_chunked(
     return y.to(x.dtype).flatten(1, 2)[:, :T], states[:, :, -1].unflatten(-1, (P, N))
 
 
-def _decays(exponent: Tensor, ids: Tensor | None, accumulate: torch.dtype) -> Tensor:
-    """What is left at i of what entered at j: exp(exponent_{j+1} + .. + exponent_i), 0 across segments and for j > i.
-
-    Args:
-        exponent: (B, M, H, L) float64. The sums are differences of running sums, which lose nothing that
-            matters in float64; in float32 a step of 100 would cost the small ones after it three digits.
-        ids: (B, M, L), the segment of each position, or None.
-
-    Returns:
-        (B, M, H, L, L), in `accumulate`.
-    """
-    hidden = torch.ones(exponent.shape[-1:] * 2, dtype=torch.bool, device=exponent.device).triu(1)  # (L, L)
-    if ids is not None:
-        hidden = hidden | (ids[..., :, None] != ids[..., None, :])[:, :, None]  # (B, M, 1, L, L)
-    return _Decays.apply(exponent.cumsum(-1), hidden, accumulate)
-
-
-class _Decays(torch.autograd.Function):
-    """exp(total_i - total_j), 0 where `hidden`. What autograd would keep of it, in float64, takes longer than the
-    matrix products it is for."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(total: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        between = (total[..., :, None] - total[..., None, :]).to(dtype)  # (B, M, H, L, L)
-        return between.masked_fill_(hidden, float("-inf")).exp_()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (decays,) = ctx.saved_tensors
-        flow = gradient * decays  # (B, M, H, L, L)
-        # In float64: what a position takes and gives nearly cancels where steps are large.
-        return flow.sum(-1, dtype=torch.float64) - flow.sum(-2, dtype=torch.float64), None, None
-
-
 def _scan(exponent: Tensor, states: Tensor, ids: Tensor | None) -> Tensor:
     """s_m = exp(exponent_m) s_{m-1} + states_m, from s = 0 before the first and anew in each segment.
 
@@ -145,7 +107,7 @@ def _scan(exponent: Tensor, states: Tensor, ids: Tensor | None) -> Tensor:
     exponent = pad(exponent, (0, fill)).unflatten(2, (-1, branch))  # (B, H, K, R)
     if ids is not None:
         ids = torch.cat((ids, ids[:, -1:].expand(-1, fill)), dim=1).unflatten(1, (-1, branch))  # (B, K, R)
-    weights = _decays(exponent.transpose(1, 2), ids, states.dtype)  # (B, K, H, R, R)
+    weights = decays(exponent.transpose(1, 2), ids, states.dtype)  # (B, K, H, R, R)
     inside = weights.transpose(1, 2) @ blocks  # (B, H, K, R, S)
     if branch == M:
         return inside[:, :, 0]  # (B, H, M, S)

@@ -39,6 +39,14 @@ VARIANTS: dict[str, dict] = {
         "dt_limit": (0.01, 0.9),
         "bias": True,
     },
+    "gated deltanet, options": {
+        "name": "gated_deltanet",
+        "n_heads": 2,
+        "head_dim": 3,
+        "expand_v": 1,
+        "d_conv": 2,
+        "backend": "reference",
+    },
     "deltaformer, grouped, normed": {
         "name": "deltaformer",
         "n_heads": 4,

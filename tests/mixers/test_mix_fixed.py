@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import mixerlab.mixers.gated_deltanet
 import mixerlab.mixers.mamba
 import mixerlab.mixers.mamba2
 from mixerlab.mixers import build_mixer
@@ -147,6 +148,31 @@ def test_mamba2_has_its_transition_products(monkeypatch, segment_ids):
         expected = expected + skip[h] * every()[0]
         torch.testing.assert_close(influence[h], expected, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(expected @ u[0, :, h], y[0, :, h])
+
+
+@pytest.mark.parametrize("segment_ids", [None, SEGMENTS], ids=["whole", "packed"])
+def test_gated_deltanet_has_its_transition_products(monkeypatch, segment_ids):
+    spec = {"name": "gated_deltanet", "n_heads": 2, "head_dim": 3}
+    mixer = double(lambda d: build_mixer(spec, d), D)
+    x = inputs(1, T, D)
+    (q, k, v, log_decay, beta), y = captured(
+        monkeypatch, mixerlab.mixers.gated_deltanet, "gated_delta_rule", mixer, x, segment_ids
+    )
+    influence = held(mixer, x, every(), segment_ids)[0]
+    ids = torch.zeros(1, T) if segment_ids is None else segment_ids
+    for h in range(2):
+        expected = torch.zeros(T, T, dtype=torch.float64)
+        for tau in range(T):
+            found = beta[0, tau, h] * k[0, tau, h]  # what is left of k_tau in the state
+            for t in range(tau, T):
+                if ids[0, t] != ids[0, tau]:
+                    break
+                if t > tau:
+                    key = k[0, t, h]
+                    found = log_decay[0, t, h].exp() * (found - beta[0, t, h] * (found @ key) * key)
+                expected[t, tau] = found @ q[0, t, h]
+        torch.testing.assert_close(influence[h], expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(expected @ v[0, :, h], y[0, :, h])
 
 
 def test_selective_attention_has_the_paths_past_it_and_through_it():

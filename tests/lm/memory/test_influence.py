@@ -191,7 +191,7 @@ def test_memory_of_norms_grows_with_the_length_and_not_its_square(name, tmp_path
     assert peak(4096, projections=8) < 2.5 * peak(4096), "all projections are in memory together"
 
 
-@pytest.mark.parametrize("name", ["attention", "sessa", "deltaformer", "mamba", "mamba2"])
+@pytest.mark.parametrize("name", ["attention", "sessa", "deltaformer", "mamba", "mamba2", "gated_deltanet"])
 def test_memory_of_columns_grows_with_the_length_and_not_its_square(name, tmp_path):
     mixer = build_mixer(name, 32)
 

@@ -28,6 +28,7 @@ LAYOUTS = {
 HYBRIDS = [
     ["mamba2", "attention"],
     ["mamba2", "sessa"],
+    ["gated_deltanet", "attention"],
     ["mamba", "parallel"],
     ["mamba2", "selective_attention"],
     [{"name": "selective_attention", "below": "sessa", "window": 3}, "identity", "attention"],

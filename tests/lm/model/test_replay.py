@@ -23,6 +23,7 @@ MIXERS = {
     "sessa without feedback": {"name": "sessa", "feedback": False},
     "mamba": "mamba",
     "mamba2": "mamba2",
+    "gated_deltanet": "gated_deltanet",
     "identity": "identity",
     "parallel": {"name": "parallel", "mixers": ["attention", "mamba2"]},
     "selective_attention": {"name": "selective_attention", "window": 4},
