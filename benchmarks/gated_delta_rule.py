@@ -1,4 +1,4 @@
-"""Time of Gated DeltaNet on the CPU: the gated delta rule against its recurrence and transformers', the mixer against T.
+"""Time of Gated DeltaNet on the CPU: the gated delta rule against its recurrence and transformers' form; the mixer.
 
     python benchmarks/gated_delta_rule.py [--help]
 

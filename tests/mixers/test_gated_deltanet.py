@@ -1,4 +1,4 @@
-"""The Gated DeltaNet mixer against the layer that transformers has for Qwen3-Next, and against what it says of itself."""
+"""The Gated DeltaNet mixer against the layer that transformers has for Qwen3-Next, and what it says of itself."""
 
 import pytest
 import torch

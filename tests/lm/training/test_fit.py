@@ -172,7 +172,12 @@ def test_from_python_one_process_trains(options):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["trainer.accumulate=2", "model.dropout=0.2", "trainer.num_workers=1"]]
+    "extra",
+    [
+        [],
+        ["trainer.accumulate=2", "model.dropout=0.2", "trainer.num_workers=1"],
+        ["model.mixer=[gated_deltanet, attention]"],
+    ],
 )
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(tmp_path, options, monkeypatch, extra):
     assert train(TINY, *options, *extra) == 0
@@ -185,6 +190,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(tmp_path, optio
     with (resumed / "metrics.csv").open() as file:
         steps = [row["step"] for row in csv.DictReader(file) if row["metric"] == "train/loss"]
     assert steps == [str(i) for i in range(1, 21)], "steps that were repeated are logged once"
+    assert generate(resumed, "--max-new-tokens", "3") == 0
 
 
 def test_a_resumed_run_keeps_its_best_checkpoint_and_its_curves(tmp_path, options, monkeypatch):
