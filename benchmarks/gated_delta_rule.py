@@ -82,7 +82,9 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
 
-    print(f"B = {args.batch}, {args.heads} heads with keys of {args.key} and values of {args.value},", end=" ")
+    print(
+        f"B = {args.batch}, {args.heads} heads with keys of {args.key} and values of {args.value},", end=" "
+    )
     print(f"float32, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
 
     print("the gated delta rule: its recurrence, step by step, by chunks, and transformers' chunks")

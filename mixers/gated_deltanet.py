@@ -109,7 +109,9 @@ class GatedDeltaNet(Mixer):
         # Shares, steps and decays at least in float32: a slow decay rounds to 1 in bf16.
         dtype = _at_least_float32(self.A_log.dtype)
         beta = b.to(dtype).sigmoid()  # (B, T, H)
-        log_decay = -self.A_log.to(dtype).exp() * F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))  # (B, T, H)
+        log_decay = -self.A_log.to(dtype).exp() * F.softplus(
+            dt.to(dtype) + self.dt_bias.to(dtype)
+        )  # (B, T, H)
         return z, (q, k, v, log_decay, beta), new_tail
 
     def _mix(

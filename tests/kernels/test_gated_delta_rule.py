@@ -23,9 +23,7 @@ def inputs(time, seed=0, dtype=torch.float64):
 
 def initial_state():
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(
-        BATCH, HEADS, VALUE, KEY, dtype=torch.float64, generator=generator
-    ).requires_grad_()
+    return torch.randn(BATCH, HEADS, VALUE, KEY, dtype=torch.float64, generator=generator).requires_grad_()
 
 
 def documents(time):
@@ -202,7 +200,11 @@ def test_works_under_transforms(transform):
 @pytest.mark.parametrize(
     ("position", "wrong", "message"),
     [
-        (0, torch.zeros(2, 0, 3, 5), r"q has shape \(2, 0, 3, 5\), expected \(B, T, H, K\) with T at least 1"),
+        (
+            0,
+            torch.zeros(2, 0, 3, 5),
+            r"q has shape \(2, 0, 3, 5\), expected \(B, T, H, K\) with T at least 1",
+        ),
         (1, torch.zeros(2, 9, 3, 4), r"k has shape .*, as q: \(2, 9, 3, 5\)"),
         (2, torch.zeros(2, 8, 3, 4), r"v has shape \(2, 8, 3, 4\), expected \(B, T, H, P\): \(2, 9, 3, 4\)"),
         (3, torch.zeros(2, 9, 1), r"log_decay has shape \(2, 9, 1\)"),
@@ -222,7 +224,10 @@ def test_what_does_not_fit_is_named(position, wrong, message):
         ({"initial_state": torch.zeros(2, 3, 5, 4)}, r"initial_state has shape .*: \(2, 3, 4, 5\)"),
         ({"segment_ids": torch.zeros(2, 9)}, r"segment_ids has dtype torch.float32, expected torch.int64"),
         ({"chunk_size": 0}, "chunk_size is 0"),
-        ({"backend": "triton"}, r"unknown backend 'triton', expected one of \['auto', 'chunked', 'reference'\]"),
+        (
+            {"backend": "triton"},
+            r"unknown backend 'triton', expected one of \['auto', 'chunked', 'reference'\]",
+        ),
     ],
 )
 def test_an_option_that_does_not_fit_is_named(option, message):
