@@ -55,7 +55,8 @@ def test_equals_the_layer_of_qwen3_next_with_all_gradients(backend):
         results.append([y, *torch.autograd.grad(y, wanted, cotangent)])
     for name, mine, published in zip(["y", "x", *shared], *results, strict=True):
         error = (mine - published).norm() / published.norm()
-        assert error <= 2e-5, f"{name}: {error:.3g}"
+        # Its running sums of log decays are float32; the gradients of steps and rates feel that.
+        assert error <= (1e-4 if name in ("dt_bias", "A_log") else 5e-6), f"{name}: {error:.3g}"
 
 
 def test_starts_as_mamba2_does():
