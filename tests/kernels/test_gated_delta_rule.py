@@ -183,17 +183,17 @@ def test_memory_grows_linearly_with_time():
 
 @pytest.mark.parametrize("transform", ["compile", "func"])
 def test_works_under_transforms(transform):
-    arguments = inputs(70)
+    q, k, v, log_decay, beta = inputs(70)
 
     def loss(v):
-        return gated_delta_rule(*arguments[:2], v, *arguments[3:], backend="chunked").square().sum()
+        return gated_delta_rule(q, k, v, log_decay, beta, backend="chunked").square().sum()
 
-    (expected,) = torch.autograd.grad(loss(arguments[2]), arguments[2])
+    (expected,) = torch.autograd.grad(loss(v), v)
     if transform == "func":
-        actual = torch.func.grad(loss)(arguments[2].detach())
+        actual = torch.func.grad(loss)(v.detach())
     else:
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        (actual,) = torch.autograd.grad(compiled(arguments[2]), arguments[2])
+        (actual,) = torch.autograd.grad(compiled(v), v)
     torch.testing.assert_close(actual, expected)
 
 
