@@ -184,11 +184,15 @@ COMMANDS = {
     "train resume": lambda run, options: ["train", TINY, *options, f"resume={run}"],
     "train resume=auto": lambda run, options: ["train", TINY, *options, "resume=auto"],
     "train model.match": lambda run, options: ["train", TINY, *options, f"model.match={run / 'recipe.yaml'}"],
+    "memory": lambda run, options: ["memory", run],
+    "memory of a recipe": lambda run, options: ["memory", run / "recipe.yaml"],
+    "sweep": lambda run, options: ["sweep", run / "recipe.yaml", "seed=0,1", *options],
+    "report": lambda run, options: ["report", run],
     "convert": lambda run, options: ["convert", run, "--to", run.parent / "converted"],
 }
 """Every command that is given a run folder, or finds one; `keys` takes none."""
 
-READ_WEIGHTS = ("generate", "validate")
+READ_WEIGHTS = ("generate", "validate", "memory")
 
 
 def refused(run, options, marker, capsys, command):

@@ -10,8 +10,11 @@ from tiny_runs import TINY, train
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_dry_runs_at_reduced_size(path, capsys, tmp_path):
-    reduced = ["model.d_model=64", "model.n_layers=2", "data.seq_len=32", "data.vocab_size=300"]
-    reduced += ["trainer.batch_size=2"]
+    rows = {
+        "paper_symbol_soup": ["data.min_tokens=40", "data.max_tokens=60"],
+        "paper_diffuse_mqar": ["data.lags=[200]"],
+    }.get(path.stem, ["data.seq_len=32", "data.vocab_size=300"])
+    reduced = ["model.d_model=64", "model.n_layers=2", "trainer.batch_size=2", *rows]
     assert train(path, "--dry-run", *reduced, f"logging.dir={tmp_path}") == 0
     printed = capsys.readouterr().out
     for wanted in ("embedding", "mixer", "MLP", "head", "FLOPs per token", "memory", "outputs would go to"):
