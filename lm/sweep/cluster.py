@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixerlab.lm.parallel.interrupts import GRACE
 from mixerlab.lm.recipe.load import parse_override
 from mixerlab.lm.sweep.folder import Sweep
 from mixerlab.lm.sweep.pool import POLL, Launcher, Training
@@ -30,8 +31,14 @@ def work(folder: str, label: str, place: str) -> int:
         training = Training(sweep, label, {})
     except BlockingIOError:  # another job has begun it since
         return work(folder, label, place)
-    while (code := training.poll()) is None:
-        time.sleep(POLL)
+    try:
+        while (code := training.poll()) is None:
+            time.sleep(POLL)
+    except BaseException:  # the job is cancelled, in which case this process may be killed soon
+        training.stop()
+        while training.poll() is None:
+            time.sleep(POLL)
+        raise
     return code
 
 
@@ -107,9 +114,12 @@ class Ray:
         return {label for label, task in self.tasks.items() if task in left}
 
     def stop(self) -> None:
-        """Ends the tasks, whose trainings notice and write checkpoints."""
-        for task in self.tasks.values():
-            self.ray.cancel(task, force=True)
+        """Cancels the tasks; returns when their trainings have written checkpoints, or had GRACE seconds for it."""
+        tasks = list(self.tasks.values())
+        for task in tasks:
+            self.ray.cancel(task)
+        if tasks:
+            self.ray.wait(tasks, num_returns=len(tasks), timeout=GRACE)
 
 
 def launcher(name: str, sweep: Sweep, options: Sequence[str]) -> Launcher:

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import subprocess
+import sys
+import time
 
 from mixerlab.lm.sweep.folder import ENDED, Sweep
 from mixerlab.lm.sweep.plan import Point, plan
@@ -68,3 +71,27 @@ def made_up(folder, settings, name="made-up"):
         if result is not None:
             finish(sweep, label, **result)
     return sweep
+
+
+def start(source, folder, *more, how=("--jobs", "2")):
+    """A sweep of two mixers and two seeds in a process of its own."""
+    command = [sys.executable, "-m", "mixerlab", "sweep", source, "model.mixer=attention,mamba2", "seed=0,1"]
+    return subprocess.Popen(
+        [*command, f"logging.dir={folder}", *how, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended_with(process, code):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def wait_until(true, seconds=120):
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from mixerlab.lm.sweep import cluster
 from mixerlab.lm.sweep.cluster import launcher, work
 from mixerlab.lm.sweep.folder import Sweep
 from mixerlab.options import ConfigError
-from sweeps import begun, fail, finish, recipe_file
+from sweeps import begun, ended_with, fail, finish, recipe_file, start, wait_until
 
 
 class Pretended:
@@ -126,6 +127,21 @@ def test_options_of_another_launcher_are_refused(tmp_path, capsys, arguments, sa
         main(["sweep", recipe_file(tmp_path), "seed=0,1", *arguments])
     assert left.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tasks_of_ray_end_with_checkpoints(tmp_path):
+    pytest.importorskip("ray")
+    source, long = recipe_file(tmp_path), ["trainer.steps=100000", "trainer.val_every=100000"]
+    process = start(source, tmp_path / "runs", *long, how=("--launcher", "ray"))
+    folder = tmp_path / "runs" / "compare-sweep"
+    wait_until(lambda: any(sum(1 for _ in path.open()) > 20 for path in folder.glob("2*/metrics.csv")))
+    process.send_signal(signal.SIGINT)
+    _, err = ended_with(process, 130)
+    assert "stopped: SIGINT; the same command goes on" in err
+    sweep = Sweep.open(folder)
+    assert any(sweep.run_of(label) for label in sweep.points)
+    assert {sweep.status(label).state for label in sweep.points} <= {"interrupted", "waiting"}
 
 
 @pytest.mark.slow

@@ -4,10 +4,7 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -25,7 +22,7 @@ from mixerlab.lm.sweep import pool
 from mixerlab.lm.sweep.folder import Sweep
 from mixerlab.lm.sweep.pool import Local, Training, _lock, environments, train_points
 from mixerlab.lm.sweep.view import View
-from sweeps import begun, fail, finish, recipe_file
+from sweeps import begun, ended_with, fail, finish, recipe_file, start, wait_until
 
 
 @dataclass
@@ -176,29 +173,6 @@ def test_every_run_sees_gpus_of_its_own(monkeypatch, jobs, devices, visible, see
     own = environments(jobs, 12, StrategyConfig(devices=devices))
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in own] == seen
     assert own[0]["OMP_NUM_THREADS"] == str(16 // len(own))
-
-
-def start(source, folder, *more):
-    command = [sys.executable, "-m", "mixerlab", "sweep", source, "model.mixer=attention,mamba2", "seed=0,1"]
-    return subprocess.Popen(
-        [*command, f"logging.dir={folder}", "--jobs", "2", *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended_with(process, code):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, out + err
-    return out, err
-
-
-def wait_until(true, seconds=120):
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.05)
 
 
 def most_steps(folder):
