@@ -184,7 +184,8 @@ def imported(*places):
                 for name in names:
                     found.setdefault(name.partition(".")[0], set()).add(str(path.relative_to(ROOT)))
     helpers = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
-    own = {"mixerlab", "benchmarks", "gpu", "train"} | helpers
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}  # some use each other
+    own = {"mixerlab", "benchmarks", "gpu", "train"} | helpers | scripts
     return {name: files for name, files in found.items() if name not in sys.stdlib_module_names | own}
 
 

@@ -43,7 +43,7 @@ BAD = {
     "unknown mixer in a list": (
         ["model.mixer=[sessa,mamba9]"],
         "model.mixer[1] = 'mamba9'",
-        "attention, deltaformer, identity",
+        "attention, deltaformer, gated_deltanet",
     ),
     "no mixer at all": (["model.mixer=[]"], "model.mixer = []", "at least one mixer"),
     "unknown option of a mixer": (
