@@ -13,6 +13,7 @@ from mixerlab.kernels.feedback.chunked import entropy_chunked, feedback_chunked
 from mixerlab.kernels.feedback.fused import feedback_fused, why_not
 from mixerlab.kernels.feedback.reference import feedback_reference
 from mixerlab.kernels.feedback.step import feedback_step
+from mixerlab.kernels.operands import check_chunk_size
 
 __all__ = ["feedback_attention", "routing_entropy"]
 
@@ -222,8 +223,7 @@ def _check(
         if past is None:
             raise ValueError("past_length is given without past")
         _expect("past_length", past_length, (B,), "(B,)", torch.int64, q.device)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, expected None or at least 1")
+    check_chunk_size(chunk_size)
 
 
 def _expect_float(name: str, x: Tensor) -> None:

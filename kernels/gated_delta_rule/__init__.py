@@ -11,6 +11,7 @@ from torch import Tensor
 from mixerlab.kernels.backend import choose
 from mixerlab.kernels.gated_delta_rule.chunked import gated_delta_rule_chunked
 from mixerlab.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from mixerlab.kernels.operands import check_chunk_size, check_operands
 
 __all__ = ["gated_delta_rule"]
 
@@ -125,15 +126,5 @@ def _check(
         ("initial_state", initial_state, (B, H, P, K), "(B, H, P, K)"),
         ("segment_ids", segment_ids, (B, T), "(B, T)"),
     ]
-    for name, given, shape, letters in expected:
-        if given is None:
-            continue
-        if tuple(given.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {letters}: {shape}")
-        if given.device != q.device:
-            raise ValueError(f"{name} is on device {given.device}, expected {q.device}, as q")
-        if given.dtype != torch.int64 if name == "segment_ids" else not given.is_floating_point():
-            kind = "torch.int64" if name == "segment_ids" else "a floating-point type"
-            raise ValueError(f"{name} has dtype {given.dtype}, expected {kind}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, expected None or at least 1")
+    check_operands(expected)
+    check_chunk_size(chunk_size)

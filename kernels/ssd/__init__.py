@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixerlab.kernels.backend import choose
+from mixerlab.kernels.operands import check_chunk_size, check_operands
 from mixerlab.kernels.ssd.chunked import ssd_chunked
 from mixerlab.kernels.ssd.mamba_ssm_kernel import ssd_mamba_ssm, why_not_mamba_ssm
 from mixerlab.kernels.ssd.reference import ssd_reference
@@ -145,15 +146,5 @@ def _check(
         ("initial_state", initial_state, (B, H, P, N), "(B, H, P, N)"),
         ("segment_ids", segment_ids, (B, T), "(B, T)"),
     ]
-    for name, given, shape, letters in expected:
-        if given is None:
-            continue
-        if tuple(given.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {letters}: {shape}")
-        if given.device != x.device:
-            raise ValueError(f"{name} is on device {given.device}, expected {x.device}, as x")
-        if given.dtype != torch.int64 if name == "segment_ids" else not given.is_floating_point():
-            kind = "torch.int64" if name == "segment_ids" else "a floating-point type"
-            raise ValueError(f"{name} has dtype {given.dtype}, expected {kind}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, expected None or at least 1")
+    check_operands(expected)
+    check_chunk_size(chunk_size)

@@ -131,7 +131,6 @@ def test_options_of_another_launcher_are_refused(tmp_path, capsys, arguments, sa
 
 @pytest.mark.slow
 def test_tasks_of_ray_end_with_checkpoints(tmp_path):
-    pytest.importorskip("ray")
     source, long = recipe_file(tmp_path), ["trainer.steps=100000", "trainer.val_every=100000"]
     process = start(source, tmp_path / "runs", *long, how=("--launcher", "ray"))
     folder = tmp_path / "runs" / "compare-sweep"
@@ -147,7 +146,6 @@ def test_tasks_of_ray_end_with_checkpoints(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("submitit", ["--option", "cluster=local"]), ("ray", [])])
 def test_the_table_is_that_of_this_machine(tmp_path, name, options, monkeypatch):
-    pytest.importorskip(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tables = []
     for how in (["--jobs", str(len(os.sched_getaffinity(0)))], ["--launcher", name, *options]):
