@@ -60,6 +60,7 @@ class AttentionConfig:
         None, "positions each query sees, itself included; null: the whole past", min=1
     )
     qk_norm: bool = option(False, "RMS-normalise queries and keys per head")
+    norm_eps: float = option(1e-6, "epsilon of the norm of queries and keys", above=0)
     bias: bool = option(False, "biases on the query, key and value projections")
 
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
@@ -97,8 +98,8 @@ class Attention(Mixer):
         self.v_proj = nn.Linear(d_model, kv_dim, bias=config.bias)
         self.out_proj: nn.Module = nn.Linear(d_model, d_model, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), positions (B or 1, T) -> q (B, H, T, K) and k, v (B, G, T, K)."""

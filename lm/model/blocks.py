@@ -30,8 +30,8 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-def make_norm(kind: str, width: int) -> nn.Module:
-    return LayerNorm(width, eps=1e-5) if kind == "layernorm" else RMSNorm(width, eps=1e-5)
+def make_norm(kind: str, width: int, eps: float = 1e-5) -> nn.Module:
+    return LayerNorm(width, eps=eps) if kind == "layernorm" else RMSNorm(width, eps=eps)
 
 
 class GeluMLP(nn.Module):
@@ -104,9 +104,9 @@ class Block(nn.Module):
 class GatedBlock(Block):
     """The Sessa paper's block around any mixer: x + W_out(mixer(GELU(a)) * g), a, g = W_in(norm(x))."""
 
-    def __init__(self, mixer: Mixer, d_model: int, norm: str, dropout: float):
+    def __init__(self, mixer: Mixer, d_model: int, norm: str, dropout: float, norm_eps: float = 1e-5):
         super().__init__()
-        self.norm = make_norm(norm, d_model)
+        self.norm = make_norm(norm, d_model, norm_eps)
         self.in_proj = nn.Linear(d_model, 2 * d_model)
         self.mixer = mixer
         self.out_proj = nn.Linear(d_model, d_model)
@@ -127,14 +127,23 @@ class TransformerBlock(Block):
     up its output at whatever scale that has. Sessa's feedback sums the past, up to 1 / (1 - gamma) fold.
     """
 
-    def __init__(self, mixer: Mixer, d_model: int, norm: str, dropout: float, mlp: str, mlp_dim: int):
+    def __init__(
+        self,
+        mixer: Mixer,
+        d_model: int,
+        norm: str,
+        dropout: float,
+        mlp: str,
+        mlp_dim: int,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
-        self.norm = make_norm(norm, d_model)
+        self.norm = make_norm(norm, d_model, norm_eps)
         self.mixer = mixer
         self.out_proj = (
             nn.Linear(d_model, d_model, bias=False) if mixer.output_projection is None else nn.Identity()
         )
-        self.mlp_norm = None if mlp == "none" else make_norm(norm, d_model)
+        self.mlp_norm = None if mlp == "none" else make_norm(norm, d_model, norm_eps)
         self.mlp = (
             None
             if mlp == "none"

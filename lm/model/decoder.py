@@ -48,6 +48,7 @@ class Decoder(nn.Module):
         mlp: str = "swiglu",
         mlp_dim: int | None = None,
         norm: str = "layernorm",
+        norm_eps: float = 1e-5,
         tie_embeddings: bool = False,
         dropout: float = 0.0,
         init_std: float = 0.02,
@@ -63,12 +64,12 @@ class Decoder(nn.Module):
         for i in range(n_layers):
             layer_mixer = build_mixer(specs[i % len(specs)], d_model, i, n_layers)
             blocks.append(
-                GatedBlock(layer_mixer, d_model, norm, dropout)
+                GatedBlock(layer_mixer, d_model, norm, dropout, norm_eps)
                 if block == "gated"
-                else TransformerBlock(layer_mixer, d_model, norm, dropout, mlp, mlp_dim)
+                else TransformerBlock(layer_mixer, d_model, norm, dropout, mlp, mlp_dim, norm_eps)
             )
         self.blocks = nn.ModuleList(blocks)
-        self.norm = make_norm(norm, d_model)
+        self.norm = make_norm(norm, d_model, norm_eps)
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
 
     def forward(

@@ -31,6 +31,7 @@ class ModelConfig:
     )
     mlp_dim: int | None = option(None, "hidden width of the MLP; null: 4 d_model, or 8/3 for swiglu", min=1)
     norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalisation")
+    norm_eps: float = option(1e-5, "epsilon of the blocks' norms and of the last one", above=0)
     tie_embeddings: bool = option(False, "use the embedding matrix as the head")
     dropout: float = option(0.0, "dropout on the embedding and every residual addition", min=0, below=1)
     init_std: float = option(0.02, "standard deviation of the initial weights", above=0, below=10**6)
