@@ -217,7 +217,7 @@ def _pieces(tokenizer: Tokenizer) -> list[bytes]:
         if i in added:
             pieces[i] = b"" if added[i].special else token.encode()
         elif '"ByteLevel"' in decoder:
-            pieces[i] = bytes(_BYTE_OF[c] for c in token) if _BYTE_OF.keys() >= set(token) else token.encode()
+            pieces[i] = bytes(BYTE_OF[c] for c in token) if BYTE_OF.keys() >= set(token) else token.encode()
         elif '"WordPiece"' in decoder:  # words are apart from each other, and ## glues
             pieces[i] = token[2:].encode() if token.startswith("##") else b" " + token.encode()
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
@@ -231,7 +231,7 @@ def _that_drops_nothing(tokenizer: Tokenizer, eod_token: str) -> Tokenizer:
     """The tokenizer, or, if it would leave out what it has no token for, a copy that says eod_token there."""
     model = tokenizer.model
     leaves_out = isinstance(model, models.BPE) and model.unk_token is None
-    if not leaves_out or _BYTE_OF.keys() <= tokenizer.get_vocab(with_added_tokens=False).keys():
+    if not leaves_out or BYTE_OF.keys() <= tokenizer.get_vocab(with_added_tokens=False).keys():
         return tokenizer
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.encode_special_tokens = True
@@ -250,4 +250,5 @@ def _byte_of() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_of()
+BYTE_OF = _byte_of()
+"""Of a byte-level BPE: the byte that each letter of its tokens stands for."""
