@@ -168,7 +168,7 @@ def test_train_py_offers_no_packages_but_mixerlab(tmp_path):
     assert first == "name: quickstart"
 
 
-OPTIONAL = {"mamba_ssm", "fla"}
+OPTIONAL = {"mamba_ssm", "fla", "transformers"}
 """What is used where it is installed, and not asked for."""
 
 

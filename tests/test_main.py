@@ -29,6 +29,7 @@ TAKES = {
     "validate": ["RUN", "--checkpoint", "--batches", "--device"],
     "describe": ["RECIPE", "key=value", "--mixers", "--lengths"],
     "convert": ["FOLDER", "--to"],
+    "export": ["RUN", "--to", "--format", "--max-shard-size", "--checkpoint"],
     "memory": ["RUN_OR_RECIPE", "--mixers", "--measure", "--text", "--out", "--checkpoint"],
     "checkpoints": ["RUN", "--to", "--shards", "--checkpoint"],
     "sweep": ["RECIPE", "key=value", "--jobs", "--launcher", "--option", "--dry-run", "exit codes"],
@@ -117,7 +118,7 @@ WITHOUT_TORCH = """
 import sys
 from mixerlab.__main__ import main
 main(["--help"])
-for verb in ("train", "describe", "convert", "checkpoints", "keys"):
+for verb in ("train", "describe", "convert", "export", "checkpoints", "keys"):
     try:
         main([verb, "--help"])
     except SystemExit:

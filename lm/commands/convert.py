@@ -1,11 +1,11 @@
-"""mixerlab convert: a published Mamba or Mamba-2 checkpoint as a run folder."""
+"""mixerlab convert: a published checkpoint of attention, Mamba or Mamba-2 as a run folder."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 DESCRIPTION = """\
-Turn a published Mamba or Mamba-2 checkpoint into a run folder.
+Turn a published checkpoint of Llama, Mistral, Qwen2, Qwen3, Mamba, Mamba-2 or Bamba into a run folder.
 
 FOLDER holds config.json, the weights as model.safetensors (or model.safetensors.index.json and its parts) and, for
 text, tokenizer.json: what `hf download OWNER/NAME --local-dir FOLDER` leaves, or transformers' save_pretrained."""
@@ -18,6 +18,8 @@ examples:
   mixerlab train runs/mamba-130m/published/recipe.yaml resume=runs/mamba-130m/published
 
 The last one trains the weights further, in that run folder, by what its recipe.yaml says; put your data there first.
+With other layers (model.mixer=...) a new run starts from what fits of them, and says what does not:
+  mixerlab train mine.yaml init_from=runs/mamba-130m/published
 """
 
 

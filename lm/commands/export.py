@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         "--format",
         choices=["auto", "native", "remote"],
         default="auto",
-        help="native: an architecture of transformers; remote: code that imports mixerlab (default: native if it can be)",
+        help="native: an architecture of transformers; remote: code that imports mixerlab; auto: native if it can be",
     )
     parser.add_argument(
         "--max-shard-size",

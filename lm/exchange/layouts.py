@@ -1,98 +1,42 @@
-"""Published architectures as the `model` section of a recipe, and the names that their files give to parameters.
+"""Published architectures as the `model` section of a recipe.
 
-Read are the config.json of transformers (`MambaForCausalLM`, `Mamba2ForCausalLM`) and of the original `mamba_ssm`
-code. What this code cannot represent is refused.
+Read are the config.json of transformers (`LlamaForCausalLM`, `MambaForCausalLM` and so on) and of the original
+`mamba_ssm` code. What this code cannot represent is refused.
 
 Letters: D model width, V vocabulary.
 """
 
-import json
 import math
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from mixerlab.options import ConfigError
-
-BLOCK_EPS = 1e-5
-"""Of the decoder's norms."""
+from mixerlab.lm.exchange.attention_layouts import attention_model, hybrid_model
+from mixerlab.lm.exchange.names import ATTENTION, HYBRID, STATE_SPACE
+from mixerlab.lm.exchange.published import Published
 
 
-class Published:
-    """A mapping from a JSON file, whose values are asked for by name. What is wrong raises ConfigError."""
-
-    def __init__(self, path: Path, values: dict[str, Any], prefix: str = ""):
-        self.path, self.values, self.prefix = path, values, prefix
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """The mapping in a file."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:  # not JSON, not UTF-8, or not readable
-            raise ConfigError(f"{path}: not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {type(values).__name__} in JSON; expected a mapping")
-        return cls(path, values)
-
-    def problem(self, key: str, expected: str) -> ConfigError:
-        found = f"= {self.values[key]!r}" if key in self.values else "is missing"
-        return ConfigError(f"{self.path}: {self.prefix}{key} {found}; expected {expected}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key, default)
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise self.problem(key, "an integer of at least 1 and below 2^31")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise self.problem(key, "true or false")
-        return value
-
-    def only(self, key: str, supported: Any, why: str = "") -> None:
-        """Refuses a value, where there is one, other than the one that this code has."""
-        if key in self.values and self.values[key] != supported:
-            raise self.problem(key, f"{json.dumps(supported)}{why and ', ' + why}")
-
-    def section(self, key: str) -> Self:
-        value = self.values.get(key, {})
-        if not isinstance(value, dict):
-            raise self.problem(key, "a mapping")
-        return type(self)(self.path, value, f"{self.prefix}{key}.")
-
-    def step_limits(self, key: str) -> list[float]:
-        """Bounds of the step size. Infinity is a tagged mapping in newer files of transformers."""
-        value = self.values.get(key, [0.0, math.inf])
-        try:
-            low, high = (float(v["__float__"] if isinstance(v, dict) else v) for v in value)
-        except (TypeError, ValueError, KeyError, OverflowError):
-            raise self.problem(key, "two numbers") from None
-        if not 0 <= low < high:
-            raise self.problem(key, "two numbers, 0 <= the first < the second")
-        return [low, high]
-
-
-def read_model(config: Published) -> tuple[dict[str, Any], int]:
-    """config.json -> (the `model` section of a recipe, V)."""
+def read_model(config: Published) -> tuple[str, dict[str, Any], int]:
+    """config.json -> (`model_type` of its names of parameters, the `model` section of a recipe, V)."""
     kind = config.values.get("model_type")
     config.only("quantization_config", None, "since quantised weights are not read")
-    if kind in ("mamba", "mamba2"):
-        model, vocab_size = _transformers_model(config)
+    readers = dict.fromkeys(ATTENTION, attention_model) | dict.fromkeys(STATE_SPACE, _state_space_model)
+    readers[HYBRID] = hybrid_model
+    if isinstance(kind, str) and kind in readers:
+        model, vocab_size = readers[kind](config), config.integer("vocab_size")
     elif kind is None and {"d_model", "n_layer"} <= config.values.keys():
+        kind = "mamba"
         model, vocab_size = _original_model(config)
     else:
-        raise config.problem("model_type", "mamba or mamba2 (or the d_model and n_layer of mamba_ssm)")
-    return {"block": "transformer", "mlp": "none", "norm": "rmsnorm", **model}, vocab_size
+        raise config.problem("model_type", f"{', '.join(readers)} (or the d_model and n_layer of mamba_ssm)")
+    return kind, {"block": "transformer", "norm": "rmsnorm", **model}, vocab_size
 
 
-def _transformers_model(config: Published) -> tuple[dict[str, Any], int]:
+def _state_space_model(config: Published) -> dict[str, Any]:
     """Defaults are those of transformers' MambaConfig and Mamba2Config."""
     second = config.values["model_type"] == "mamba2"
     width, expand = config.integer("hidden_size"), config.integer("expand", 2)
     config.only("hidden_act", "silu")
     config.only("rms_norm", True)
-    config.only("layer_norm_epsilon", BLOCK_EPS, "the epsilon of the decoder's norms")
+    eps = config.number("layer_norm_epsilon", 1e-5)
     config.only("intermediate_size", expand * width, "expand * hidden_size")
     mixer: dict[str, Any] = {
         "name": "mamba2" if second else "mamba",
@@ -111,16 +55,17 @@ def _transformers_model(config: Published) -> tuple[dict[str, Any], int]:
         mixer["head_dim"] = head_dim
         mixer["n_groups"] = config.integer("n_groups", 8)
         mixer["dt_limit"] = config.step_limits("time_step_limit")
-        mixer["norm_eps"] = BLOCK_EPS
+        mixer["norm_eps"] = eps
     elif config.values.get("time_step_rank", "auto") != "auto":
         mixer["dt_rank"] = config.integer("time_step_rank")
-    model = {
+    return {
+        "mlp": "none",
+        "norm_eps": eps,
         "d_model": width,
         "n_layers": config.integer("num_hidden_layers"),
         "mixer": mixer,
         "tie_embeddings": config.flag("tie_word_embeddings", not second),
     }
-    return model, config.integer("vocab_size")
 
 
 INITIAL = {
@@ -170,6 +115,7 @@ def _original_model(config: Published) -> tuple[dict[str, Any], int]:
     if unknown := sorted(ssm.values.keys() - read - INITIAL):
         raise ssm.problem(unknown[0], f"none, since {layer} here has no such option")
     model = {
+        "mlp": "none",
         "d_model": config.integer("d_model"),
         "n_layers": config.integer("n_layer"),
         "mixer": mixer,
@@ -177,12 +123,3 @@ def _original_model(config: Published) -> tuple[dict[str, Any], int]:
     }
     multiple = config.integer("pad_vocab_size_multiple", 8)
     return model, math.ceil(config.integer("vocab_size") / multiple) * multiple
-
-
-def published_name(name: str) -> str:
-    """A parameter of the decoder -> its name in the files."""
-    if name.startswith("blocks."):
-        return "backbone.layers." + name.removeprefix("blocks.")
-    names = {"embedding": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"}
-    module, _, parameter = name.rpartition(".")
-    return f"{names[module]}.{parameter}"

@@ -86,9 +86,9 @@ class MixerlabForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """(B, T) -> logits (B, T, V), and the mean loss of (B, T) labels, which it shifts. Rows may be padded on the right.
+        """(B, T) -> logits (B, T, V), and the mean loss of (B, T) labels, which it shifts.
 
-        With a cache, rows are decoded together, and none may be padded.
+        Rows may be padded on the right; with a cache they are decoded together, and none may be padded.
         """
         cache = kwargs.get(CACHE)
         if attention_mask is not None and (attention_mask.long().diff(dim=1) > 0).any():

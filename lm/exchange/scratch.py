@@ -29,7 +29,7 @@ def written_aside(to: Path, verb: str) -> Iterator[Path]:
             yield folder
             folder.rename(to)
             sync(to.parent)
-    except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
+    except OSError as error:
         raise ConfigError(f"--to {to}: it cannot be written: {first_line(error)}") from None
 
 

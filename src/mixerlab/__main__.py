@@ -20,6 +20,7 @@ VERBS = {
     "validate": "validate a trained run on its own data",
     "describe": "what a recipe costs: parameters, FLOPs, decoding state",
     "convert": "make a run folder from a published checkpoint",
+    "export": "make a folder for transformers from a trained run",
     "memory": "how far back a run or a recipe remembers: influence against lag",
     "checkpoints": "list, check and rewrite a run's checkpoints",
     "keys": "list every key of a recipe",

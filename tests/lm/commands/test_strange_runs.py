@@ -189,10 +189,11 @@ COMMANDS = {
     "sweep": lambda run, options: ["sweep", run / "recipe.yaml", "seed=0,1", *options],
     "report": lambda run, options: ["report", run],
     "convert": lambda run, options: ["convert", run, "--to", run.parent / "converted"],
+    "export": lambda run, options: ["export", run, "--to", run.parent / "exported"],
 }
 """Every command that is given a run folder, or finds one; `keys` takes none."""
 
-READ_WEIGHTS = ("generate", "validate", "memory")
+READ_WEIGHTS = ("generate", "validate", "memory", "export")
 
 
 def refused(run, options, marker, capsys, command):
