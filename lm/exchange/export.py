@@ -86,7 +86,7 @@ def export(
             if form == "native":
                 raise
             why = f"\nnot native  {str(error).partition(';')[0]}"
-    weights = {f"decoder.{name}": parameter.detach() for name, parameter in decoder.named_parameters()}
+    weights = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
     said = write(remote_config(run.recipe, rows, seq_len), weights)
     return f"format      remote: {CODE.name}, which needs mixerlab where it is used{why}\n{said}"
 

@@ -30,6 +30,8 @@ MAMBA2 = {"state_size": 8, "head_dim": 8, "num_heads": 6, "n_groups": 2, "chunk_
 CASES = {
     "mamba": ("mamba", MAMBA),
     "mamba untied, biased": ("mamba", {**MAMBA, "tie_word_embeddings": False, "use_bias": True, "conv_kernel": 3}),
+    "mamba of other norms": ("mamba", {**MAMBA, "layer_norm_epsilon": 1e-3}),
+    "mamba2 of other norms": ("mamba2", {**MAMBA2, "layer_norm_epsilon": 1e-3}),
     "mamba wide, no conv bias": ("mamba", {**MAMBA, "use_conv_bias": False, "time_step_rank": 5, "expand": 3}),
     "mamba2": ("mamba2", MAMBA2),
     "mamba2 tied, biased": ("mamba2", {**MAMBA2, "tie_word_embeddings": True, "use_bias": True, "n_groups": 1}),
@@ -294,15 +296,20 @@ def test_what_mamba_ssm_has_and_this_code_has_not_is_named(config, layer, messag
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        ("mamba", {"model_type": "llama"}, "model_type = 'llama'; expected mamba or mamba2"),
-        ("mamba", {"model_type": None}, "model_type = None; expected mamba or mamba2"),
+        (
+            "mamba",
+            {"model_type": "gpt2"},
+            "model_type = 'gpt2'; expected llama, mistral, qwen2, qwen3, mamba,",
+        ),
+        ("mamba", {"model_type": ["llama"]}, "model_type = ['llama']; expected llama, mistral"),
+        ("mamba", {"model_type": None}, "model_type = None; expected llama, mistral"),
         ("mamba", {"hidden_size": "24"}, "hidden_size = '24'; expected an integer of at least 1"),
         ("mamba", {"hidden_size": 0}, "hidden_size = 0; expected an integer"),
         ("mamba", {"num_hidden_layers": True}, "num_hidden_layers = True; expected an integer"),
         ("mamba", {"expand": 1.5}, "expand = 1.5; expected an integer"),
         ("mamba", {"hidden_act": "gelu"}, "hidden_act = 'gelu'; expected \"silu\""),
         ("mamba", {"use_bias": "no"}, "use_bias = 'no'; expected true or false"),
-        ("mamba", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06; expected 1e-05"),
+        ("mamba", {"layer_norm_epsilon": 0}, "layer_norm_epsilon = 0; expected a number above 0"),
         ("mamba", {"rms_norm": False}, "rms_norm = False; expected true"),
         ("mamba", {"intermediate_size": 50}, "intermediate_size = 50; expected 48"),
         ("mamba", {"time_step_rank": "most"}, "time_step_rank = 'most'; expected an integer"),
