@@ -30,16 +30,19 @@ def default_n_heads(d_model: int) -> int:
 
 
 def head_problems(
-    d_model: int, n_heads: int | None, n_kv_heads: int | None, rope: bool
+    d_model: int, n_heads: int | None, n_kv_heads: int | None, rope: bool, head_dim: int | None = None
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with a choice of heads, as (option, what would be right)."""
     heads = default_n_heads(d_model) if n_heads is None else n_heads
-    if d_model % heads:
+    if head_dim is not None:
+        if rope and head_dim % 2:
+            yield "head_dim", "rotary positions need an even width"
+    elif d_model % heads:
         divisors = [h for h in range(1, d_model + 1) if d_model % h == 0]
         near = min(divisors, key=lambda h: abs(h - heads))
         yield "n_heads", f"it must divide model.d_model = {d_model}; nearest: {near}"
         return
-    if rope and (d_model // heads) % 2:
+    elif rope and (d_model // heads) % 2:
         yield "n_heads", f"that makes heads {d_model // heads} wide, and rotary positions need an even width"
     if n_kv_heads is not None and heads % n_kv_heads:
         valid = [h for h in range(1, heads + 1) if heads % h == 0]
@@ -54,6 +57,7 @@ class AttentionConfig:
     n_kv_heads: int | None = option(
         None, "key and value heads, shared by groups of query heads; null: n_heads", min=1
     )
+    head_dim: int | None = option(None, "width of a head; null: d_model / n_heads", min=1)
     rope: bool = option(True, "rotate queries and keys by position (RoPE)")
     rope_theta: float = option(10000.0, "base of the rotation's wavelengths", above=1)
     window: int | None = option(
@@ -64,7 +68,7 @@ class AttentionConfig:
     bias: bool = option(False, "biases on the query, key and value projections")
 
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
-        yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope)
+        yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope, self.head_dim)
 
 
 def rotary_positions(x: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -91,12 +95,12 @@ class Attention(Mixer):
         self.d_model = d_model
         self.n_heads = default_n_heads(d_model) if config.n_heads is None else config.n_heads
         self.n_kv_heads = self.n_heads if config.n_kv_heads is None else config.n_kv_heads
-        self.head_dim = d_model // self.n_heads
-        kv_dim = self.n_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(d_model, d_model, bias=config.bias)
+        self.head_dim = d_model // self.n_heads if config.head_dim is None else config.head_dim
+        q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(d_model, q_dim, bias=config.bias)
         self.k_proj = nn.Linear(d_model, kv_dim, bias=config.bias)
         self.v_proj = nn.Linear(d_model, kv_dim, bias=config.bias)
-        self.out_proj: nn.Module = nn.Linear(d_model, d_model, bias=False)
+        self.out_proj: nn.Module = nn.Linear(q_dim, d_model, bias=False)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
@@ -194,7 +198,7 @@ class Attention(Mixer):
         if window == seq_len:
             pairs = seq_len * seq_len // 2  # the usual count of a causal half
         linear = sum(p.weight.numel() for p in self.children() if isinstance(p, nn.Linear))
-        return 2 * seq_len * linear + 2 * 2 * pairs * self.d_model
+        return 2 * seq_len * linear + 2 * 2 * pairs * self.n_heads * self.head_dim
 
     def state_bytes(self, seq_len: int, dtype: torch.dtype) -> int:
         return 2 * self.n_kv_heads * self._slots(seq_len) * self.head_dim * dtype.itemsize

@@ -46,7 +46,9 @@ class DeltaFormer(Attention):
     """
 
     def __init__(self, config: DeltaFormerConfig, d_model: int, layer_index: int = 0, n_layers: int = 1):
-        attention = AttentionConfig(config.n_heads, config.n_kv_heads, config.rope, qk_norm=config.qk_norm)
+        attention = AttentionConfig(
+            config.n_heads, config.n_kv_heads, rope=config.rope, qk_norm=config.qk_norm
+        )
         super().__init__(attention, d_model, layer_index, n_layers)
         self.backend = config.backend
         self.beta_proj = nn.Linear(d_model, self.n_kv_heads)

@@ -78,7 +78,11 @@ def _sizes(config: Published, eps: float) -> dict[str, Any]:
 def _attention(config: Published, kind: str) -> dict[str, Any]:
     config.only("attention_bias", False)
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    if config.values.get("head_dim", 128 if kind == "qwen3" else None) not in (None, width / heads):
+    usual = width // heads if width % heads == 0 else None
+    head_dim = config.values.get("head_dim")
+    if head_dim is not None or kind == "qwen3":
+        head_dim = config.integer("head_dim", 128)
+    if kind in ("qwen2", "bamba") and head_dim not in (None, usual):
         raise config.problem("head_dim", f"hidden_size / num_attention_heads = {width / heads:g}")
     # Llama's default is none that are shared; the others must say, for theirs are numbers.
     unshared = config.values.get("num_key_value_heads", None if kind == "llama" else 0) is None
@@ -87,6 +91,7 @@ def _attention(config: Published, kind: str) -> dict[str, Any]:
         "n_heads": heads,
         "n_kv_heads": heads if unshared else config.integer("num_key_value_heads"),
         "rope_theta": _rope_theta(config, kind),
+        **({} if head_dim in (None, usual) else {"head_dim": head_dim}),
     }
 
 

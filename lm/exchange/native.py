@@ -130,14 +130,15 @@ def _attention(model: ModelConfig, layers: Layers) -> tuple[str, dict[str, Any]]
     key = layers[0][0]
     options: AttentionConfig = _alike(layers, "window")
     values = _heads(model, key, options) | _feed_forward(model)
+    head_dim = {"head_dim": options.head_dim or model.d_model // values["num_attention_heads"]}
     windows = [mixer.options.window for _, mixer in layers]
     if options.qk_norm or options.bias:
         # In transformers biases are on the output projection too, but for Qwen2, which has no QK norm.
         _need(f"{key}.bias", options.bias and options.qk_norm, False, " with qk_norm")
         if options.qk_norm:
-            values |= {"head_dim": model.d_model // values["num_attention_heads"], "attention_bias": False}
-        return "qwen3" if options.qk_norm else "qwen2", values | _windows(layers)
-    head_dim = {"head_dim": model.d_model // values["num_attention_heads"]}
+            return "qwen3", values | head_dim | {"attention_bias": False} | _windows(layers)
+        _need(f"{key}.head_dim", options.head_dim, None, " with bias")
+        return "qwen2", values | _windows(layers)
     if set(windows) == {None}:
         return "llama", values | head_dim | {"attention_bias": False, "mlp_bias": False}
     for other, window in zip((other for other, _ in layers), windows, strict=True):
@@ -225,7 +226,7 @@ def _bamba(model: ModelConfig, layers: Layers) -> dict[str, Any]:
     attention = [layer for layer in layers if layer[1].name == "attention"]
     key = attention[0][0]
     options: AttentionConfig = _alike(attention)
-    for name in ("window", "qk_norm", "bias"):
+    for name in ("window", "qk_norm", "bias", "head_dim"):
         _need(f"{key}.{name}", getattr(options, name), getattr(AttentionConfig(), name), " beside mamba2")
     values = _heads(model, key, options) | _feed_forward(model)
     values["rope_parameters"]["partial_rotary_factor"] = 1.0

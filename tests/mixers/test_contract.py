@@ -20,6 +20,7 @@ from mixerlab.mixers.testing import (
 VARIANTS: dict[str, dict] = {
     **{name: {"name": name} for name in MIXERS.names()},
     "attention, grouped, normed": {"name": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
+    "attention, wide heads": {"name": "attention", "n_heads": 3, "n_kv_heads": 1, "head_dim": 6},
     "attention, window": {"name": "attention", "n_heads": 2, "window": 4, "bias": True},
     "attention, no positions": {"name": "attention", "n_heads": 4, "n_kv_heads": 1, "rope": False},
     "mamba, options": {

@@ -46,6 +46,7 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3", {"head_dim": 6, "rms_norm_eps": 1e-3}),
+    "qwen3 with wide heads": ("Qwen3", {"head_dim": 16, "num_attention_heads": 5, "num_key_value_heads": 1}),
     "bamba": ("Bamba", {**SSM, **WHOLE, "attn_layer_indices": [1]}),
     "bamba tied": (
         "Bamba",
@@ -130,6 +131,12 @@ def test_positions_are_said_in_two_ways(read):
     assert read("llama", rope_parameters=ROPE)["mixer"]["rope_theta"] == 500.0
 
 
+def test_heads_may_be_wider_than_their_share(read):
+    assert "head_dim" not in read("llama", head_dim=6)["mixer"]
+    assert read("llama", head_dim=8)["mixer"]["head_dim"] == 8
+    assert read("qwen3")["mixer"]["head_dim"] == 128, "the default of transformers"
+
+
 def test_windows_are_said_in_three_ways(read):
     def windows(model):
         mixers = model["mixer"] if isinstance(model["mixer"], list) else [model["mixer"]]
@@ -150,9 +157,8 @@ def test_windows_are_said_in_three_ways(read):
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'; expected \"silu\""),
         ("llama", {"attention_bias": True}, "attention_bias = True; expected false"),
         ("llama", {"mlp_bias": True}, "mlp_bias = True; expected false"),
-        ("llama", {"head_dim": 8}, "head_dim = 8; expected hidden_size / num_attention_heads = 6"),
-        ("llama", {"head_dim": "6"}, "head_dim = '6'; expected hidden_size"),
-        ("qwen3", {}, "head_dim is missing; expected hidden_size / num_attention_heads = 6"),
+        ("qwen2", {"head_dim": 8}, "head_dim = 8; expected hidden_size / num_attention_heads = 6"),
+        ("llama", {"head_dim": "6"}, "head_dim = '6'; expected an integer of at least 1"),
         ("mistral", {"num_key_value_heads": 0}, "num_key_value_heads = 0; expected an integer"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "expected null, since positions are neither scaled"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type = 'llama3'; expected"),

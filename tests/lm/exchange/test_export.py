@@ -33,6 +33,7 @@ NATIVE = {
     ),
     "mistral": ({**SWIGLU, "mixer": WINDOWED}, "MistralForCausalLM"),
     "qwen3": ({**SWIGLU, "mixer": {**ATTENTION, "qk_norm": True}}, "Qwen3ForCausalLM"),
+    "llama with wide heads": ({**SWIGLU, "mixer": {**ATTENTION, "head_dim": 10}}, "LlamaForCausalLM"),
     "qwen3 with windows": (
         {**SWIGLU, "mixer": [{**WINDOWED, "qk_norm": True}, {**ATTENTION, "qk_norm": True}]},
         "Qwen3ForCausalLM",
@@ -196,6 +197,10 @@ def test_export_convert_export_gives_the_same_bytes(model, tokenizer, tmp_path):
         (
             {"mixer": [{**WINDOWED, "qk_norm": True}, {**ATTENTION, "qk_norm": True, "window": 4}]},
             "model.mixer[1].window = 4: a native export needs 8 or null in every layer",
+        ),
+        (
+            {"mixer": {**ATTENTION, "bias": True, "head_dim": 10}},
+            "model.mixer.head_dim = 10: a native export needs null with bias",
         ),
         ({"mixer": MAMBA}, "model.mlp = 'swiglu': a native export needs 'none'"),
         ({"mixer": MAMBA2}, "model.mlp = 'swiglu': a native export needs 'none', or layers of attention too"),
