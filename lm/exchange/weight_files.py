@@ -116,7 +116,8 @@ def weight_files(folder: Path, config: Published) -> list[Path]:
 def check_size(config: Published, model: dict[str, Any], vocab_size: int, files: list[Path]) -> None:
     """Refuses a model far larger than its weights before anything of that size is made."""
     width = model["d_model"]
-    least = vocab_size * width + model["n_layers"] * width * width  # the embedding, and part of each in_proj
+    # The embedding, and of each layer the MLP, or part of in_proj.
+    least = vocab_size * width + model["n_layers"] * width * (3 * model.get("mlp_dim", 0) or width)
     stored = sum(tensor.numel() for _, _, tensor in _tensors(files))
     if least > stored:
         raise ConfigError(
