@@ -8,7 +8,7 @@ from pathlib import Path
 from mixerlab.lm.commands.arguments import add_allow_plugins, add_checkpoint, add_run
 
 DESCRIPTION = """\
-Write a run's weights and tokenizer as a folder that transformers, vLLM and others read.
+Write a run's weights and tokenizer as a folder that transformers reads, and whatever reads its folders.
 
 Where transformers has the architecture (Llama, Mistral, Qwen2, Qwen3, Mamba, Mamba-2, Bamba), the folder needs nothing
 else; any other decoder goes with a modeling file that imports mixerlab. Before the folder has its name, transformers

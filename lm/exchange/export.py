@@ -141,7 +141,9 @@ def compare(folder: Path, decoder: Decoder, kind: str) -> float:
         str(folder), dtype=torch.float32, trust_remote_code=kind == "mixerlab", output_loading_info=True
     )
     if problems := {what: names for what, names in report.items() if names}:
-        raise ConfigError(f"--to: transformers does not read back the weights that were written: {problems}")
+        raise ConfigError(
+            f"model_type = {kind!r}: transformers does not read back the weights that were written: {problems}"
+        )
     model.eval()
     ids = torch.randint(
         decoder.embedding.num_embeddings, (2, 64), generator=torch.Generator().manual_seed(0)
@@ -150,8 +152,8 @@ def compare(folder: Path, decoder: Decoder, kind: str) -> float:
     error = float((ours - theirs).norm() / ours.norm())
     if not error <= CLOSE:
         raise ConfigError(
-            f"--to: the logits of what was written differ by {error:.1e} of their size in transformers; expected "
-            f"at most {CLOSE:g}"
+            f"model_type = {kind!r}: the logits of what was written differ by {error:.1e} of their size in "
+            f"transformers; expected at most {CLOSE:g}"
         )
     prompt = ids[:1, :PROMPT]
     text = model.generate(
@@ -161,7 +163,7 @@ def compare(folder: Path, decoder: Decoder, kind: str) -> float:
     chosen = ours.gather(-1, text[0, PROMPT:, None])[:, 0]  # (T,)
     # Of two that are equally likely rounding chooses.
     if (ours.amax(-1) - chosen).max() > CLOSE_TOKENS * ours.abs().max():
-        raise ConfigError("--to: transformers generates other tokens from what was written")
+        raise ConfigError(f"model_type = {kind!r}: transformers generates other tokens from what was written")
     return error
 
 
@@ -179,5 +181,7 @@ def compare_tokens(folder: Path, tokenizer: TextTokenizer, kind: str) -> None:
             continue
         if theirs(text)["input_ids"] != ids or theirs.eos_token_id != tokenizer.eod_id:
             if kind == "mixerlab":
-                raise ConfigError("--to: transformers makes other tokens of a text than the run's tokenizer")
+                raise ConfigError(
+                    f"model_type = {kind!r}: transformers makes other tokens of a text than the run's tokenizer"
+                )
             raise NotNative("model_type", kind, "another one, whose tokenizer transformers does not replace")
