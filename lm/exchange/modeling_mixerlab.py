@@ -45,8 +45,6 @@ class MixerlabConfig(PretrainedConfig):
 class MixerlabCache(Cache):
     """The States of all layers, for up to `max_len` positions."""
 
-    is_compileable = False
-
     def __init__(self, max_len: int):
         super().__init__(layers=[])
         self.max_len = max_len

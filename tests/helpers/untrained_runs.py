@@ -2,7 +2,7 @@
 
 import torch
 
-from mixerlab.data.tokenizers import ByteTokenizer, train_bpe
+from mixerlab.data.tokenizers import ByteTokenizer, TextTokenizer, train_bpe
 from mixerlab.lm.model.decoder import build_decoder
 from mixerlab.lm.recipe.check import check_recipe
 from mixerlab.lm.run.checkpoint import save
@@ -32,7 +32,9 @@ def untrained(folder, model, tokenizer="bytes", change=None, rows=None, **sectio
     run = Run(folder)
     run.checkpoints.folder.mkdir(parents=True)
     run.save_recipe(recipe)
-    saved = {"bytes": ByteTokenizer, "bpe": lambda: train_bpe(TEXTS, 280), None: lambda: None}[tokenizer]()
+    saved: TextTokenizer | None = None
+    if tokenizer is not None:
+        saved = ByteTokenizer() if tokenizer == "bytes" else train_bpe(TEXTS, 280)
     if saved is not None:
         saved.save(run.path)
     decoder = build_decoder(recipe, rows or (259 if saved is None else saved.vocab_size))
