@@ -67,7 +67,7 @@ QWEN2 = {
     },
 }
 """Without a tokenizer: transformers puts that of Qwen2 in the place of any other."""
-REMOTE = {
+REMOTE: dict[str, dict] = {
     "sessa": {"block": "gated", "norm": "layernorm", "mixer": {"name": "sessa", "n_heads": 2}},
     "hybrid": {
         "mixer": [{"name": "parallel", "mixers": [ATTENTION, MAMBA2]}, {"name": "identity"}],
@@ -95,9 +95,8 @@ def refusal(run, to, capsys, *arguments):
 
 
 def load(folder, **options):
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(folder), output_loading_info=True, dtype=torch.float32, **options
-    )
+    options |= {"output_loading_info": True, "dtype": torch.float32}
+    model, report = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     assert not any(report.values()), report
     return model.eval()
 
@@ -277,7 +276,7 @@ def test_our_code_takes_batches_beams_and_labels_and_refuses_padding_on_the_left
 
 
 def test_our_code_saves_what_it_has_read(tmp_path):
-    run = untrained(tmp_path / "run", {**REMOTE["clamped"]})
+    run = untrained(tmp_path / "run", REMOTE["clamped"])
     model = load(export(run, tmp_path / "out"), trust_remote_code=True)
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again", trust_remote_code=True)
