@@ -1,6 +1,7 @@
 """Runs exported for transformers: the same logits and tokens there, the same bytes after coming back, every refusal."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,8 @@ def refusal(run, to, capsys, *arguments):
 
 def load(folder, **options):
     options |= {"output_loading_info": True, "dtype": torch.float32}
-    model, report = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    model, report = loaded
     assert not any(report.values()), report
     return model.eval()
 
