@@ -17,11 +17,14 @@ ROOMS = {
     "model": ("recipe",),
     "run": ("recipe", "model"),
     "memory": ("recipe", "model", "run"),
+    "attribution": ("model", "memory"),
     "parallel": ("recipe", "model", "run"),
     "exchange": ("recipe", "model", "run"),
-    "training": ("recipe", "model", "run", "parallel"),
+    "training": ("recipe", "model", "run", "memory", "parallel"),
     "sweep": ("recipe", "model", "run", "parallel", "training"),
-    "commands": ("recipe", "model", "run", "parallel", "exchange", "training", "sweep", "memory"),
+    "commands": (
+        *("recipe", "model", "run", "memory", "attribution", "parallel", "exchange", "training", "sweep"),
+    ),
 }
 """Of lm, in order: what each may import beside itself."""
 

@@ -31,6 +31,7 @@ TAKES = {
     "convert": ["FOLDER", "--to"],
     "export": ["RUN", "--to", "--format", "--max-shard-size", "--checkpoint"],
     "memory": ["RUN_OR_RECIPE", "--mixers", "--measure", "--text", "--out", "--checkpoint"],
+    "attribute": ["RUN", "--text", "--faithfulness", "--at", "--target", "--method", "--out", "--checkpoint"],
     "checkpoints": ["RUN", "--to", "--shards", "--checkpoint"],
     "sweep": ["RECIPE", "key=value", "--jobs", "--launcher", "--option", "--dry-run", "exit codes"],
     "report": ["SWEEP", "--metric", "--to"],

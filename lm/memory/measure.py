@@ -48,9 +48,16 @@ def sources_of(length: int, most: int = SOURCES) -> list[int]:
 
 
 def measure(
-    subject: Subject, measures: list[str], projections: int, say: Callable[[str], None] = lambda doing: None
+    subject: Subject,
+    measures: list[str],
+    projections: int,
+    say: Callable[[str], None] = lambda doing: None,
+    curves_only: bool = False,
 ) -> Measured:
-    """Measures what is asked for. Raises ConfigError where "routing" is the only measure and no layer has any."""
+    """Measures what is asked for, with `curves_only` no heat maps and no routing of a text.
+
+    Raises ConfigError where "routing" is the only measure and no layer has any.
+    """
     found = Measured(subject)
     T = subject.tokens.shape[1]
     sources = sources_of(T)
@@ -74,7 +81,7 @@ def measure(
                 samples.setdefault(key, []).append(by_lag(influence, sources))
                 lags[key] = np.arange(1, samples[key][0].shape[1] + 1, dtype=float)
                 centres[key] = float(np.mean(sources))
-                if first:
+                if first and not curves_only:
                     _draw(found, name, block.mixer, x)
             for key, function, x in _functions(decoder, row, measures, names):
                 at, values, centre, error = _pairs(function, x, projections, generator)

@@ -25,6 +25,11 @@ def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
             "trainer.precision = 'bf16-true': fsdp keeps one dtype of weights; expected bf16-mixed, with "
             "strategy.param_dtype=bfloat16 for less traffic"
         )
+    if recipe.logging.memory_every and recipe.strategy.name == "fsdp":
+        raise ConfigError(
+            f"logging.memory_every = {recipe.logging.memory_every}: with strategy.name = fsdp no rank has the whole "
+            "decoder; expected 0, and `mixerlab memory RUN` afterwards"
+        )
     width = recipe.model.d_model if recipe.model.is_sized else None
     recipe.model.mixer = choose_mixers(recipe.model.mixer, "model.mixer", width)
     recipe.data = DATA.choose(recipe.data, "data")

@@ -47,6 +47,7 @@ from mixerlab.lm.training.callbacks import (
 from mixerlab.lm.training.diagnosis import OutOfMemoryError, is_out_of_memory, memory_advice
 from mixerlab.lm.training.endings import Interruptions
 from mixerlab.lm.training.loggers import CSVMetrics, TensorBoard, compared
+from mixerlab.lm.training.memory_plot import MemoryPlot
 from mixerlab.lm.training.module import LanguageModel
 from mixerlab.lm.training.prepare import find_start, prepare_data
 from mixerlab.lm.training.progress import StepProgress
@@ -249,6 +250,8 @@ def _callbacks(
         callbacks.append(
             SampleText(t.data.tokenizer, logging_config.sample_prompt, logging_config.sample_tokens)
         )
+    if logging_config.memory_every:
+        callbacks.append(MemoryPlot(t.recipe, t.data))
     progress = StepProgress(metrics, t.console)
     return [*callbacks, progress, PendingValidation(t.recipe.trainer.val_every), interruptions, checkpoints]
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,13 @@ class TensorBoard(TensorBoardLogger):
         """Text as it is: an indented block of TensorBoard's Markdown."""
         block = "\n".join("    " + line for line in text.splitlines())
         self.experiment.add_text(tag, block, step)
+
+    def log_picture(self, tag: str, png: bytes, step: int) -> None:
+        """A picture as it is; add_image would decode it and compress it again."""
+        width, height = struct.unpack(">II", png[16:24])  # of the IHDR chunk, which comes first
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self.experiment._get_file_writer().add_summary(summary, step)
 
     def log_comparison(self, values: dict[str, Any], metrics: list[str]) -> None:
         """The run's row of the HPARAMS page: what was chosen, and the tags of the curves whose last value it shows."""

@@ -22,6 +22,7 @@ VERBS = {
     "convert": "make a run folder from a published checkpoint",
     "export": "make a folder for transformers from a trained run",
     "memory": "how far back a run or a recipe remembers: influence against lag",
+    "attribute": "which tokens of a text counted for the next one",
     "checkpoints": "list, check and rewrite a run's checkpoints",
     "keys": "list every key of a recipe",
 }

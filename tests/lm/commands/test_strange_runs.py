@@ -185,6 +185,8 @@ COMMANDS = {
     "train resume=auto": lambda run, options: ["train", TINY, *options, "resume=auto"],
     "train model.match": lambda run, options: ["train", TINY, *options, f"model.match={run / 'recipe.yaml'}"],
     "memory": lambda run, options: ["memory", run],
+    "attribute": lambda run, options: ["attribute", run, "--text", "some text"],
+    "attribute --faithfulness": lambda run, options: ["attribute", run, "--faithfulness", "2"],
     "memory of a recipe": lambda run, options: ["memory", run / "recipe.yaml"],
     "sweep": lambda run, options: ["sweep", run / "recipe.yaml", "seed=0,1", *options],
     "report": lambda run, options: ["report", run],
@@ -193,7 +195,7 @@ COMMANDS = {
 }
 """Every command that is given a run folder, or finds one; `keys` takes none."""
 
-READ_WEIGHTS = ("generate", "validate", "memory", "export")
+READ_WEIGHTS = ("generate", "validate", "memory", "export", "attribute")
 
 
 def refused(run, options, marker, capsys, command):

@@ -128,6 +128,11 @@ BAD = {
         "trainer.precision = 'bf16-true'",
         "bf16-mixed",
     ),
+    "memory plots of shards": (
+        ["strategy=fsdp", "logging.memory_every=1"],
+        "logging.memory_every = 1",
+        "expected 0",
+    ),
     "two horizons": (["trainer={steps: 3, epochs: 2}"], "trainer.epochs = 2", "exactly one of"),
     "missing data file": (["data.files=[corpsu.txt]"], "data.files", "did you mean corpus.txt?"),
     "empty data file": (["data.files=[empty.txt]"], "data.", "no document with text"),

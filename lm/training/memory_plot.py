@@ -1,0 +1,89 @@
+"""The influence plot of a decoder while it trains."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from mixerlab.data import DataModule
+from mixerlab.lm.memory.fits import fit
+from mixerlab.lm.memory.measure import measure
+from mixerlab.lm.memory.subject import Subject
+from mixerlab.lm.model.decoder import Decoder
+from mixerlab.lm.recipe.schema import Recipe
+from mixerlab.lm.training.loggers import TensorBoard
+from mixerlab.lm.training.module import LanguageModel
+from mixerlab.options import ConfigError
+
+log = logging.getLogger("mixerlab")
+
+LENGTH = 256
+"""Most tokens that are looked at. With the projections it bounds the cost of a plot, whatever the recipe's rows are."""
+PROJECTIONS = 4
+"""Of each Jacobian: fewer than `mixerlab memory` takes, for a picture."""
+
+
+@dataclass(frozen=True)
+class _InTraining(Subject):
+    """The decoder as it is now."""
+
+    decoder: Decoder | None = None
+
+    def decoders(self) -> Iterator[Decoder]:
+        assert self.decoder is not None
+        yield self.decoder
+
+
+class MemoryPlot(Callback):
+    """Adds a picture of influence against lag to TensorBoard before each `memory_every`-th validation and the last.
+
+    Of one sequence, the first of the validation split; documents packed into it see each other. Rank 0 alone does it,
+    which has the whole decoder: fsdp is refused with the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, data: DataModule):
+        self.recipe = recipe
+        self.every = recipe.logging.memory_every * recipe.trainer.val_every  # steps
+        self.tokens = next(iter(data.val_datasets().values()))[0]["input_ids"][None, :LENGTH]  # (1, T)
+        self.measures = ["routing", "decoder"]
+        if recipe.strategy.activation_checkpointing != "none" or recipe.trainer.precision == "bf16-true":
+            # torch.func cannot differentiate what is recomputed, and bf16 is too coarse for small derivatives.
+            self.measures = ["routing"]
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
+        step, last = trainer.global_step, trainer.max_steps
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoard)]  # of rank 0 alone
+        if not boards or (step % self.every and step < last):
+            return
+        from mixerlab.lm.memory import plots  # matplotlib, which other runs need not load
+
+        device, decoder = trainer.strategy.root_device, pl_module.decoder
+        subject = _InTraining(
+            label=str(self.recipe.name),
+            about="in training",
+            tokens=self.tokens,
+            words=None,
+            run=None,
+            recipe=self.recipe,
+            device=str(device),
+            decoder=decoder,
+        )
+        low = decoder.embedding.weight.dtype == torch.bfloat16
+        try:
+            with (
+                torch.inference_mode(False),  # in which a validation may be: nothing there has a gradient
+                torch.autocast(device.type, torch.bfloat16, enabled=low),
+                torch.compiler.set_stance("force_eager"),  # other lengths would be compiled
+            ):
+                curves = measure(subject, self.measures, PROJECTIONS, curves_only=True).curves
+        except ConfigError as error:
+            log.warning("logging.memory_every: no plot: %s", error)
+            return
+        if not curves:  # of a single token
+            return
+        picture = plots.png(plots.influence_figure(curves, [fit(curve) for curve in curves]))
+        for board in boards:
+            board.log_picture("influence", picture, step)

@@ -1,0 +1,81 @@
+"""Deleting what a method finds, against deleting at random."""
+
+import pytest
+import torch
+
+import mixerlab.lm.attribution.faithfulness as module
+from mixerlab.lm.attribution.faithfulness import faithfulness
+from mixerlab.lm.attribution.mamba_lrp import mamba_lrp
+from mixerlab.lm.attribution.relevance import Relevance, score
+from mixerlab.lm.memory.subject import run_subject
+from mixerlab.lm.model.decoder import Decoder
+from mixerlab.lm.run.folder import Run
+from tiny_runs import places, run_dirs, train
+
+
+@pytest.fixture
+def decoder():
+    decoder = Decoder(11, d_model=8, n_layers=1, mixer="attention").double().eval()
+    decoder.initialize(0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in decoder.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return decoder
+
+
+ROWS = torch.randint(11, (12, 11), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def left_out(decoder, ids, target):
+    """How far the score falls where each token alone is left out."""
+    whole = score(decoder, decoder.embedding(ids[None]), target)[0]
+    falls = [
+        whole - score(decoder, decoder.embedding(torch.cat((ids[:i], ids[i + 1 :]))[None]), target)[0]
+        for i in range(len(ids))
+    ]
+    return Relevance(torch.stack(falls), 0.0, whole.item())
+
+
+def opposite(decoder, ids, target):
+    found = left_out(decoder, ids, target)
+    return Relevance(-found.tokens, 0.0, found.score)
+
+
+def test_a_method_that_knows_beats_chance_and_its_opposite_loses(decoder):
+    good, bad = (
+        faithfulness(decoder, ROWS, method, torch.Generator().manual_seed(0))
+        for method in (left_out, opposite)
+    )
+    assert good.texts == len(ROWS)
+    assert good.difference > good.error > 0
+    assert bad.difference < -bad.error < 0
+    assert good.random == bad.random, "the same draws"
+
+
+def test_as_many_are_deleted_at_random_and_the_last_token_stays(decoder, monkeypatch):
+    seen = []
+
+    def watched(decoder, x, target):
+        seen.append(x)
+        return score(decoder, x, target)
+
+    def favours_the_last(decoder, ids, target):
+        return Relevance(torch.arange(len(ids), dtype=torch.float64), 0.0, 0.0)
+
+    monkeypatch.setattr(module, "score", watched)
+    faithfulness(decoder, ROWS[:2], favours_the_last, torch.Generator())
+    for x, ids in zip(seen, ROWS, strict=False):
+        assert x.shape == (1 + module.DRAWS, 11 - 2, 8)
+        assert (x[:, -1] == decoder.embedding(ids)[-1]).all()
+        torch.testing.assert_close(x[0], decoder.embedding(torch.cat((ids[:8], ids[-1:]))))
+
+
+@pytest.mark.slow
+def test_on_a_trained_mamba_relevance_finds_more_than_chance(tmp_path, at_the_root):
+    options = ["model.mixer=mamba", "trainer.steps=300", "trainer.val_batches=1", "logging.sample_tokens=0"]
+    assert train("quickstart", *options, *places(tmp_path)) == 0
+    subject = run_subject(Run(run_dirs(tmp_path, "quickstart")[0]), length=64, sequences=32)
+    decoder = next(subject.decoders()).double()
+    found = faithfulness(decoder, subject.tokens, mamba_lrp, torch.Generator().manual_seed(0))
+    assert found.difference > found.error

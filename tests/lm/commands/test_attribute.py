@@ -1,0 +1,101 @@
+"""mixerlab attribute: what it prints and writes, and what it says to wrong input."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from mixerlab.__main__ import main
+from tiny_runs import TINY, places, run_dirs, train
+
+
+def attribute(*arguments):
+    return main(["attribute", *map(str, arguments)])
+
+
+@pytest.fixture
+def mamba(tmp_path, options):
+    """A run of Mamba, of two steps."""
+    assert train(TINY, "model.mixer=mamba", "trainer.steps=2", "logging.sample_tokens=0", *options) == 0
+    return run_dirs(tmp_path)[0]
+
+
+def test_a_text_is_explained_by_all_methods_that_fit(finished, capsys, tmp_path):
+    run, _ = finished
+    assert attribute(run, "--text", "some text", "--steps", "8", "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert re.match(r"What counted for .*, the likeliest after token 8\n", said)
+    assert "\ngradient times input\n" in said
+    assert "\nintegrated gradients\n" in said
+    assert "\nlayer 2 sessa, influence on the last position, routing held\n" in said
+    assert "MambaLRP" not in said
+    assert said.count("\nsome text\n") == 4, "once for each passage"
+    assert "\x1b" not in said, "no colours where there is no terminal"
+    table = pd.read_csv(tmp_path / "attribution.csv", keep_default_na=False)
+    assert set(table.groupby("passage").size()) == {9}
+    assert "layer 1 sessa, hops: 1" in set(table["passage"])
+    assert "<h2>layer 1 sessa, hops: 1</h2>" in (tmp_path / "attribution.html").read_text()
+
+
+def test_relevance_of_mamba_adds_up_to_the_score(mamba, capsys, tmp_path):
+    assert attribute(mamba, "--text", "some text", "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    found = re.search(
+        r"relevance by MambaLRP\nscore (\S+): tokens (\S+), the biases (\S+), missing (\S+)\n", said
+    )
+    score, tokens, biases, missing = map(float, found.groups())
+    assert tokens + biases == pytest.approx(score, abs=2e-3 * max(abs(tokens), abs(biases)))
+    assert abs(missing) < 1e-10
+    assert "sessa" not in said
+
+
+def test_the_token_explained_is_chosen_by_its_place_or_its_text(finished, capsys, tmp_path):
+    run, _ = finished
+    options = [run, "--text", "some text", "--method", "gradient", "--out", tmp_path]
+    assert attribute(*options, "--at", "3") == 0
+    assert "What counted for ' ', in the text after token 3\n" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "attribution.csv", keep_default_na=False)) == 4
+    assert attribute(*options, "--target", "s") == 0
+    assert "What counted for 's', asked for after token 8\n" in capsys.readouterr().out
+
+
+def test_the_default_folder_is_in_the_run(mamba, capsys):
+    assert attribute(mamba, "--text", "ab", "--method", "gradient") == 0
+    assert (mamba / "attribution" / "attribution.html").is_file()
+
+
+def test_faithfulness_is_told_of_every_method_that_gives_relevance(mamba, at_the_root, capsys):
+    assert attribute(mamba, "--faithfulness", "2", "--steps", "2") == 0
+    said = capsys.readouterr().out
+    assert "(2 x 64 tokens: its validation text)" in said
+    for name in ("gradient times input", "integrated gradients", "relevance by MambaLRP"):
+        assert re.search(rf"\n  {name}: \S+ for the most relevant, \S+ for random ones; difference ", said)
+
+
+def test_wrong_input_gets_one_line_that_says_what_works(finished, at_the_root, tmp_path, capsys):
+    run, _ = finished
+    text = ["--text", "some text"]
+    wrong = {
+        "no such folder": [run.parent / "none", *text],
+        "it has 1 token; expected 2 to 2048": [run, "--text", "a"],
+        "it has 0 tokens; expected 2 to 2048": [run, "--text", ""],
+        "it has 3000 tokens; expected 2 to 2048": [run, "--text", "a" * 3000],
+        "--at 9: the text has 9 tokens; expected 0 to 8": [run, *text, "--at", "9"],
+        "--at -1: ": [run, *text, "--at", "-1"],
+        "--target 'ab': it is 2 tokens ('a', 'b'); expected one": [run, *text, "--target", "ab"],
+        "its rules are Mamba's, and the run has sessa too": [run, *text, "--method", "lrp"],
+        "--at: it is for --text": [run, "--faithfulness", "--at", "3"],
+        "with --faithfulness expected gradient, integrated or lrp": [
+            *(run, "--faithfulness", "--method", "paths"),
+        ],
+    }
+    for expected, arguments in wrong.items():
+        assert attribute(*arguments) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1, error
+
+
+def test_paths_need_feedback(mamba, capsys):
+    assert attribute(mamba, "--text", "some text", "--method", "paths") == 2
+    assert "no layer of Sessa with feedback" in capsys.readouterr().err
