@@ -36,7 +36,7 @@ def choose_methods(decoder: Decoder, asked: Sequence[str] | None) -> list[str]:
         return ["gradient", "integrated", *(["lrp"] if not others else []), *(["paths"] if has_paths else [])]
     if "lrp" in asked and others:
         raise ConfigError(
-            f"--method lrp: its rules are Mamba's, and the run has {', '.join(others)} too; expected gradient or "
+            f"--method lrp: its rules are Mamba's, and the run has {', '.join(others)}; expected gradient or "
             "integrated, which work for every mixer"
         )
     if "paths" in asked and not has_paths:
@@ -51,8 +51,9 @@ def relevance_method(
     name: str, tokenizer: TextTokenizer, steps: int
 ) -> Callable[[Decoder, Tensor, int], Relevance]:
     """What gives each token its relevance, by the name of the method; "paths" does not."""
-    integrated = partial(integrated_gradients, baseline=tokenizer.eod_id, steps=steps)
-    return {"gradient": gradient_times_input, "integrated": integrated, "lrp": mamba_lrp}[name]
+    if name == "integrated":
+        return partial(integrated_gradients, baseline=tokenizer.eod_id, steps=steps)
+    return {"gradient": gradient_times_input, "lrp": mamba_lrp}[name]
 
 
 def tokens_of(tokenizer: TextTokenizer, text: str, rows: int) -> list[int]:
@@ -87,7 +88,7 @@ def passages(
     steps: int,
 ) -> list[Passage]:
     """What each method says of the token `target` after input_ids (T,)."""
-    found = []
+    found: list[Passage] = []
     for name in methods:
         if name == "paths":
             found += _paths(decoder, input_ids)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from mixerlab.__main__ import main
-from tiny_runs import TINY, places, run_dirs, train
+from tiny_runs import TINY, run_dirs, train
 
 
 def attribute(*arguments):
@@ -83,7 +83,7 @@ def test_wrong_input_gets_one_line_that_says_what_works(finished, at_the_root, t
         "--at 9: the text has 9 tokens; expected 0 to 8": [run, *text, "--at", "9"],
         "--at -1: ": [run, *text, "--at", "-1"],
         "--target 'ab': it is 2 tokens ('a', 'b'); expected one": [run, *text, "--target", "ab"],
-        "its rules are Mamba's, and the run has sessa too": [run, *text, "--method", "lrp"],
+        "its rules are Mamba's, and the run has sessa; expected": [run, *text, "--method", "lrp"],
         "--at: it is for --text": [run, "--faithfulness", "--at", "3"],
         "with --faithfulness expected gradient, integrated or lrp": [
             *(run, "--faithfulness", "--method", "paths"),

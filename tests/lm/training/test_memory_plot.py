@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mixerlab.lm.model.precision import to_bf16
 from mixerlab.lm.parallel.sharding import make_decoder
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.lm.training.loggers import TensorBoard
@@ -29,7 +30,7 @@ def test_a_run_has_a_plot_at_every_validation_asked_for_and_trains_as_without(tm
     pictures = images(run)
     assert [picture.step for picture in pictures] == [10, 20]
     assert all(picture.encoded_image_string[:4] == b"\x89PNG" for picture in pictures)
-    assert metric(run, "train/loss") == pytest.approx(golden_curve(), rel=1e-6)
+    assert metric(run, "train/loss") == pytest.approx(golden_curve(), abs=1e-4)
 
 
 def rows(length):
@@ -86,7 +87,7 @@ def test_rows_of_any_length_cost_no_more(tmp_path, at_the_root):
 def test_it_takes_what_training_takes(tmp_path, at_the_root, overrides):
     rig = Rig(tmp_path, "logging.memory_every=1", *overrides)
     if "bf16" in overrides[0]:
-        rig.module.decoder.bfloat16()
+        to_bf16(rig.module.decoder)
     assert rig.steps(10) == [10]
 
 
