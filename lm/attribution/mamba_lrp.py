@@ -34,7 +34,9 @@ def mamba_lrp(decoder: Decoder, input_ids: Tensor, target: int) -> Relevance:
     value = _norm(decoder.norm, y)[0, -1] @ direction(decoder, target)
     biases = [p for name, p in decoder.named_parameters() if name.endswith(".bias")]
     gradient, *of_biases = torch.autograd.grad(value, [x, *biases], allow_unused=True)  # steps are held
-    rest = sum(float((g * bias).sum()) for g, bias in zip(of_biases, biases, strict=True) if g is not None)
+    rest = sum(
+        float((g * bias.detach()).sum()) for g, bias in zip(of_biases, biases, strict=True) if g is not None
+    )
     return Relevance((gradient * x).sum(-1)[0].detach(), rest, value.item())
 
 
@@ -87,4 +89,4 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps).detach()
     y = x * scale * norm.weight
-    return y + norm.bias if isinstance(norm, nn.LayerNorm) else y
+    return y + norm.get_parameter("bias") if isinstance(norm, nn.LayerNorm) else y

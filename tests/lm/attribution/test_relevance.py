@@ -51,10 +51,14 @@ def test_gradient_times_input_is_how_the_score_changes_with_the_size_of_an_embed
     assert found.rest == 0
 
 
-@pytest.mark.parametrize("mixer", ["attention", "sessa", "mamba", "mamba2", "gated_deltanet"])
-def test_integrated_gradients_add_up_to_the_difference_from_the_baseline(mixer):
+@pytest.mark.parametrize(
+    ("mixer", "steps"),
+    [("attention", 128), ("sessa", 128), ("mamba", 128), ("mamba2", 128), ("gated_deltanet", 2048)],
+)
+def test_integrated_gradients_add_up_to_the_difference_from_the_baseline(mixer, steps):
+    """Gated DeltaNet gives its keys unit length, which turn quickly where the way passes near 0."""
     decoder = decoder_of(mixer)
-    found = integrated_gradients(decoder, IDS, TARGET, BASELINE, steps=128)
+    found = integrated_gradients(decoder, IDS, TARGET, BASELINE, steps)
     assert found.rest == pytest.approx(centred_logit(decoder, torch.full_like(IDS, BASELINE)), abs=1e-12)
     assert found.score == pytest.approx(centred_logit(decoder, IDS), abs=1e-12)
     assert abs(found.gap) < 1e-6
