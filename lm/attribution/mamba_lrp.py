@@ -84,7 +84,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.eps is not None
+    assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+    assert norm.eps is not None
     if isinstance(norm, nn.LayerNorm):
         x = x - x.mean(-1, keepdim=True)
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps).detach()
