@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from mixerlab.data.module import Rows
 from mixerlab.data.registry import register_data
 from mixerlab.data.tasks.draws import Draws
-from mixerlab.data.tasks.task import Ids, Task, unlabelled
+from mixerlab.data.tasks.task import Ids, Task, TaskConfig, unlabelled
 from mixerlab.options import option
 
 NOISE, MARKER, DATA = range(3)
 
 
 @dataclass
-class SelectiveCopyingConfig:
+class SelectiveCopyingConfig(TaskConfig):
     """Published: 16 of 4096 tokens, a vocabulary of 16."""
 
     length: int = option(4096, "tokens that hold the data; the row has n_data more", min=1)

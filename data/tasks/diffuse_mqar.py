@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixerlab.data.module import Rows
 from mixerlab.data.registry import register_data
 from mixerlab.data.tasks.draws import Draws, skipping
-from mixerlab.data.tasks.task import Ids, Task, unlabelled
+from mixerlab.data.tasks.task import Ids, Task, TaskConfig, unlabelled
 from mixerlab.options import option
 
 PAD, BOS, MEM, NOISE, QUERY, Q, FILL = range(7)  # 7 is reserved
@@ -25,7 +25,7 @@ VALUE = KEY + SYMBOLS
 
 
 @dataclass
-class DiffuseMQARConfig:
+class DiffuseMQARConfig(TaskConfig):
     """Sizes of the row `bos mem (key value) x n_pairs noise <N tokens> query (q key) x n_queries`."""
 
     n_pairs: int = option(16, "pairs in memory", min=1, max=SYMBOLS)

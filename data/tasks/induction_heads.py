@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mixerlab.data.module import Rows
 from mixerlab.data.registry import register_data
 from mixerlab.data.tasks.draws import Draws
-from mixerlab.data.tasks.task import Ids, Task, unlabelled
+from mixerlab.data.tasks.task import Ids, Task, TaskConfig, unlabelled
 from mixerlab.options import option
 
 SPECIAL = 0
@@ -24,7 +24,7 @@ SHORTEST = 3
 
 
 @dataclass
-class InductionHeadsConfig:
+class InductionHeadsConfig(TaskConfig):
     """Published: trained at 256, tested at 64, 128, ... up to 2^20."""
 
     seq_len: int = option(256, "T, the positions of a row to train on", min=SHORTEST)

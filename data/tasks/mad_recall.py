@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mixerlab.data.module import IGNORE, Rows
 from mixerlab.data.registry import register_data
 from mixerlab.data.tasks.draws import Draws
-from mixerlab.data.tasks.task import Ids, Task
+from mixerlab.data.tasks.task import Ids, Task, TaskConfig
 from mixerlab.options import option
 
 NONE = -1
@@ -26,7 +26,7 @@ NONE = -1
 
 
 @dataclass
-class MadConfig:
+class MadConfig(TaskConfig):
     """What the tasks of MAD share."""
 
     n_train: int = option(12_800, "rows to train on", min=1)

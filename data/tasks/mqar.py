@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mixerlab.data.module import Rows
 from mixerlab.data.registry import register_data
 from mixerlab.data.tasks.draws import Draws, skipping
-from mixerlab.data.tasks.task import Ids, Task, unlabelled
+from mixerlab.data.tasks.task import Ids, Task, TaskConfig, unlabelled
 from mixerlab.options import option
 
 FILLER = 0
@@ -24,7 +24,7 @@ POWER = 0.01
 
 
 @dataclass
-class MQARConfig:
+class MQARConfig(TaskConfig):
     """Published: seq_len and n_pairs of 64 and 4, 128 and 8, 256 and 16, 512 and 64."""
 
     vocab_size: int = option(

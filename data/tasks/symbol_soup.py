@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixerlab.data.module import Rows
 from mixerlab.data.registry import register_data
 from mixerlab.data.tasks.draws import Draws
-from mixerlab.data.tasks.task import Ids, Task, unlabelled
+from mixerlab.data.tasks.task import Ids, Task, TaskConfig, unlabelled
 from mixerlab.options import option
 
 LETTERS = "abcdefghijklmnop"
@@ -49,7 +49,7 @@ START = len(LETTERS)
 
 
 @dataclass
-class SymbolSoupConfig:
+class SymbolSoupConfig(TaskConfig):
     """The lengths count characters of the text form, 2 M + 13 for M letters."""
 
     min_tokens: int = option(400, "characters of the shortest text", min=1)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixerlab.data.module import IGNORE, DataModule, Rows
+from mixerlab.data.tasks.ahead import Stored, cache_folder, make_ahead
 from mixerlab.data.tasks.draws import Draws
+from mixerlab.options import option
 
 Ids = NDArray[np.int64]
 
 TOGETHER = 1 << 18
 """Positions of the rows that are made together, at most, where rows are asked for one by one."""
+
+
+@dataclass
+class TaskConfig:
+    """What all tasks share."""
+
+    cache_dir: str | None = option(
+        None,
+        "a folder in which rows are made ahead, as ~/.cache/mixerlab; null: made when they are asked for",
+    )
 
 
 class TaskRows(Rows):
@@ -47,6 +61,8 @@ class TaskRows(Rows):
     ) -> None:
         self.make, self.n_rows, self.seq_len, self.seed, self.split = make, n_rows, seq_len, seed, split
         self.block_size = max(1, min(256, TOGETHER // seq_len))
+        self.cache: Path | None = None
+        """The folder in which they are made ahead."""
         self._block: tuple[int, Tensor, Tensor] = (-1, torch.empty(0), torch.empty(0))
 
     def __len__(self) -> int:
@@ -82,16 +98,36 @@ class TaskRows(Rows):
 class Task(DataModule):
     """A synthetic task: `make` has the rows, `val_datasets` the difficulties."""
 
+    config: TaskConfig
     vocab_size: int = 0
     """V; each task sets it, as it does seq_len."""
+    _ready = False
+    """Whether all rows that are to be made ahead lie in the cache."""
 
     @abstractmethod
     def make(self, draws: Draws, index: Ids, **how: Any) -> tuple[NDArray, NDArray]:
         """input_ids and labels of the samples `index` (n,), (n, T) each. `how` is what a dataset has of its own."""
 
+    def prepare(self) -> None:
+        """Makes the rows ahead if `cache_dir` says so. Raises DataError."""
+        self._ready = False
+        for rows in (self.train_dataset(), *self.val_datasets().values()):
+            if isinstance(rows, TaskRows) and rows.cache is not None:
+                make_ahead(rows.cache, rows, self.vocab_size, self.report)
+
+    def setup(self) -> None:
+        self._ready = True
+
     def dataset(self, split: str, n_rows: int, seq_len: int | None = None, **how: Any) -> TaskRows:
         """Rows of a split, with a difficulty of their own if `how` says so."""
-        return TaskRows(partial(self.make, **how), n_rows, seq_len or self.seq_len, self.seed, split)
+        rows = TaskRows(partial(self.make, **how), n_rows, seq_len or self.seq_len, self.seed, split)
+        options = asdict(self.config)
+        if cache_dir := options.pop("cache_dir"):
+            settings = [options, how, self.seed, split, n_rows, rows.seq_len]
+            rows.cache = cache_folder(cache_dir, type(self), settings)
+            if self._ready:
+                rows.make = Stored(rows.cache)
+        return rows
 
 
 def unlabelled(n: int, T: int) -> Ids:

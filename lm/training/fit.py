@@ -45,6 +45,7 @@ from mixerlab.lm.training.callbacks import (
     StopAtTheEnd,
 )
 from mixerlab.lm.training.diagnosis import OutOfMemoryError, is_out_of_memory, memory_advice
+from mixerlab.lm.training.difficulty_plot import DifficultyPlot
 from mixerlab.lm.training.endings import Interruptions
 from mixerlab.lm.training.loggers import CSVMetrics, TensorBoard, compared
 from mixerlab.lm.training.memory_plot import MemoryPlot
@@ -252,6 +253,7 @@ def _callbacks(
         )
     if logging_config.memory_every:
         callbacks.append(MemoryPlot(t.recipe, t.data))
+    callbacks.append(DifficultyPlot(list(t.data.val_datasets())))
     progress = StepProgress(metrics, t.console)
     return [*callbacks, progress, PendingValidation(t.recipe.trainer.val_every), interruptions, checkpoints]
 

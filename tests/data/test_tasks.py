@@ -1,7 +1,5 @@
 """What all synthetic tasks have in common: the contract, rows that are the same however they are read, messages."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -11,29 +9,9 @@ from mixerlab.data import DataModule, build_data
 from mixerlab.data import testing as contract
 from mixerlab.data.tasks.task import Task
 from mixerlab.options import ConfigError
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "symbol_soup": {"min_tokens": 30, "max_tokens": 200},
-    "symbol_soup, letters": {"tokenization": "letters", "min_tokens": 30, "max_tokens": 60},
-    "mqar": {},
-    "mqar, random": {"random_non_queries": True, "vocab_size": 32, "test_pairs": [1, 8]},
-    "diffuse_mqar": {"lags": [200, 400], "n_train": 1000},
-    "selective_copying": {"length": 64},
-    "induction_heads": {"seq_len": 32, "test_lengths": [16, 64]},
-    "mad_recall": {"seq_len": 32},
-    "mad_recall, values alone": {"seq_len": 32, "every_token": False},
-    "mad_noisy_recall": {"seq_len": 32},
-    "mad_fuzzy_recall": {"seq_len": 40},
-    "mad_selective_copying": {"seq_len": 64},
-    "mad_compression": {},
-    "mad_memorization": {"n_train": 1000},
-}
+from task_variants import VARIANTS, options
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def options(variant):
-    return {"name": variant.partition(",")[0], **VARIANTS[variant]}
 
 
 def built(variant, seed=0):
