@@ -30,7 +30,7 @@ FILES = ("input_ids.npy", "labels.npy")
 
 def cache_folder(cache_dir: str, maker: type, settings: Any) -> Path:
     """Where rows are kept that `maker`, a class of tasks, makes with these settings and the code that it has now."""
-    makers = [of for of in maker.__mro__ if issubclass(of, DataModule)]
+    makers: list[Any] = [of for of in maker.__mro__ if issubclass(of, DataModule)]
     code = [Path(inspect.getfile(of)).read_text(encoding="utf-8") for of in (*makers, draws)]
     return Path(cache_dir).expanduser() / "tasks" / digest([json.dumps(settings, sort_keys=True), *code])
 

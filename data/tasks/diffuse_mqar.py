@@ -20,15 +20,15 @@ from mixerlab.data.tasks.task import Ids, Task, TaskConfig, unlabelled
 from mixerlab.options import option
 
 PAD, BOS, MEM, NOISE, QUERY, Q, FILL = range(7)  # 7 is reserved
-KEY, SYMBOLS = 8, 512
-VALUE = KEY + SYMBOLS
+KEY = 8
 
 
 @dataclass
 class DiffuseMQARConfig(TaskConfig):
     """Sizes of the row `bos mem (key value) x n_pairs noise <N tokens> query (q key) x n_queries`."""
 
-    n_pairs: int = option(16, "pairs in memory", min=1, max=SYMBOLS)
+    n_symbols: int = option(512, "tokens that keys are made of, and as many values", min=2, max=512)
+    n_pairs: int = option(16, "pairs in memory, less than n_symbols", min=1)
     n_queries: int = option(8, "pairs that are asked for, at most all", min=1)
     key_length: int = option(4, "k, tokens of a key", min=2, max=6)
     prefix_length: int = option(
@@ -48,6 +48,8 @@ class DiffuseMQARConfig(TaskConfig):
     n_test: int = option(1_000, "rows of each of the datasets lag_512 and so on", min=1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.n_pairs >= self.n_symbols:
+            yield "n_pairs", f"less than n_symbols = {self.n_symbols} is needed"
         if self.n_queries > self.n_pairs:
             yield "n_queries", f"at most n_pairs = {self.n_pairs} is needed"
         if self.prefix_length >= self.key_length:
@@ -64,6 +66,11 @@ class DiffuseMQARConfig(TaskConfig):
                         "lags",
                         f"at least {lag + low - high} instead of {lag} is needed, for some noise to fit",
                     )
+
+    @property
+    def first_value(self) -> int:
+        """The smallest id of a value."""
+        return KEY + self.n_symbols
 
     @property
     def pair(self) -> int:
@@ -89,11 +96,10 @@ class DiffuseMQAR(Task):
     """Recall with long keys, among distractors that share their prefixes, at a chosen lag (after arXiv 2604.18580)."""
 
     config: DiffuseMQARConfig
-    vocab_size = VALUE + SYMBOLS
 
     def __init__(self, config: DiffuseMQARConfig, seed: int) -> None:
         super().__init__(config, seed)
-        self.seq_len = config.row_length(0)
+        self.seq_len, self.vocab_size = config.row_length(0), config.first_value + config.n_symbols
 
     def train_dataset(self) -> Rows:
         return self.dataset("train", self.config.n_train)
@@ -123,41 +129,43 @@ class DiffuseMQAR(Task):
         ids[rows, place] = Q
         for j in range(config.key_length):
             ids[rows, place + 1 + j] = pairs[rows, asked, j]
-        labels[rows, place + config.key_length] = VALUE + values[rows, asked]
+        labels[rows, place + config.key_length] = config.first_value + values[rows, asked]
         return ids, labels
 
 
 def memory(draws: Draws, config: DiffuseMQARConfig) -> tuple[Ids, Ids, Ids]:
     """Prefixes, suffixes and values of the pairs in memory, each as a number, (n, n_pairs) each."""
-    prefixes = draws.distinct(SYMBOLS**config.prefix_length, config.n_pairs)
-    suffixes = draws.integers(0, SYMBOLS ** (config.key_length - config.prefix_length) - 1, config.n_pairs)
-    return prefixes, suffixes, draws.distinct(SYMBOLS, config.n_pairs)
+    symbols, p = config.n_symbols, config.prefix_length
+    prefixes = draws.distinct(symbols**p, config.n_pairs)
+    suffixes = draws.integers(0, symbols ** (config.key_length - p) - 1, config.n_pairs)
+    return prefixes, suffixes, draws.distinct(symbols, config.n_pairs)
 
 
 def spell(prefixes: Ids, suffixes: Ids, values: Ids, config: DiffuseMQARConfig) -> Ids:
     """Pairs as tokens: (n, m) each -> (n, m, u)."""
-    length, p = config.key_length, config.prefix_length
-    digits = [prefixes // SYMBOLS ** (p - 1 - j) % SYMBOLS for j in range(p)]
-    digits += [suffixes // SYMBOLS ** (length - p - 1 - j) % SYMBOLS for j in range(length - p)]
-    return np.stack([*(KEY + digit for digit in digits), VALUE + values], axis=-1)
+    symbols, length, p = config.n_symbols, config.key_length, config.prefix_length
+    digits = [prefixes // symbols ** (p - 1 - j) % symbols for j in range(p)]
+    digits += [suffixes // symbols ** (length - p - 1 - j) % symbols for j in range(length - p)]
+    return np.stack([*(KEY + digit for digit in digits), config.first_value + values], axis=-1)
 
 
 def noise(
     draws: Draws, ids: Ids, N: Ids, config: DiffuseMQARConfig, prefixes: Ids, suffixes: Ids, values: Ids
 ) -> None:
     """Writes N (n,) tokens of distractors to the beginnings of the rows of `ids`: pairs, and fill between them."""
-    u, symbols = config.pair, SYMBOLS**config.prefix_length
-    endings = SYMBOLS ** (config.key_length - config.prefix_length)
+    u, symbols = config.pair, config.n_symbols
+    beginnings = symbols**config.prefix_length
+    endings = symbols ** (config.key_length - config.prefix_length)
     most = ids.shape[1] // u
     clashes = draws.uniform(most) < config.clash_rate
     like = draws.integers(0, config.n_pairs - 1, most)  # the pair in memory that has the same prefix
     of_like = [np.take_along_axis(what, like, axis=1) for what in (prefixes, suffixes, values)]
-    suffix, value = draws.integers(0, endings - 2, most), draws.integers(0, SYMBOLS - 2, most)
-    other = skipping(draws.integers(0, symbols - 1 - config.n_pairs, most), prefixes)
+    suffix, value = draws.integers(0, endings - 2, most), draws.integers(0, symbols - 2, most)
+    other = skipping(draws.integers(0, beginnings - 1 - config.n_pairs, most), prefixes)
     pairs = spell(
         np.where(clashes, of_like[0], other),
         np.where(clashes, suffix + (suffix >= of_like[1]), draws.integers(0, endings - 1, most)),
-        np.where(clashes, value + (value >= of_like[2]), draws.integers(0, SYMBOLS - 1, most)),
+        np.where(clashes, value + (value >= of_like[2]), draws.integers(0, symbols - 1, most)),
         config,
     )
     held, fills = np.divmod(N, u)

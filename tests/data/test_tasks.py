@@ -135,6 +135,7 @@ def test_few_very_long_rows_are_made_together():
         ("mqar test_pairs=[4,0]", "test_pairs = [4, 0]: 1 to 16 fit, a quarter of seq_len = 64"),
         ("mqar vocab_size=8", "n_pairs = 4: at most 3 are needed, the keys that vocab_size = 8 has"),
         ("diffuse_mqar n_queries=17", "n_queries = 17: at most n_pairs = 16 is needed"),
+        ("diffuse_mqar n_symbols=16", "n_pairs = 16: less than n_symbols = 16 is needed"),
         ("diffuse_mqar prefix_length=4", "prefix_length = 4: less than key_length = 4 is needed"),
         ("diffuse_mqar lags=[]", "lags = []: at least one is needed"),
         ("diffuse_mqar min_lag=7", "min_lag = 7: at least 8 is needed, the lag without noise"),

@@ -123,3 +123,15 @@ def test_guesses_stay_below_their_ceilings(split, ceiling):
         assert right[guess] / n < 1 / 16 + 0.02, guess
     # Memory comes first: who finds the first place with the prefix need not know the suffix.
     assert first_place == n
+
+
+def test_of_a_few_symbols_every_one_is_used_and_the_solver_holds():
+    small = {"n_symbols": 5, "n_pairs": 4, "n_queries": 4, "key_length": 2, "prefix_length": 1}
+    ids, labels = rows("diffuse_mqar", "train", 200, min_lag=12, lags=[48], **small)
+    tokens = set(ids.ravel().tolist())
+    assert tokens == {*range(7), *range(8, 18)}, "ids, keys of 5 symbols and as many values"
+    for row, label in zip(ids.tolist(), labels, strict=True):
+        memory = {tuple(row[i : i + 2]): row[i + 2] for i in range(2, 14, 3)}
+        query = row.index(4) + 1
+        asked = [tuple(row[i + 1 : i + 3]) for i in range(query, query + 12, 3)]
+        assert [memory[key] for key in asked] == label[label != -100].tolist()
