@@ -12,13 +12,21 @@ from mixerlab.mixers import (  # noqa: F401  (importing registers them)
     sessa,
 )
 from mixerlab.mixers.mixer import Mixer, State, check_room
-from mixerlab.mixers.registry import MIXERS, build_mixer, choose_mixers, register_mixer, without_segments
+from mixerlab.mixers.registry import (
+    MIXERS,
+    auto_backends,
+    build_mixer,
+    choose_mixers,
+    register_mixer,
+    without_segments,
+)
 from mixerlab.options import option
 
 __all__ = [
     "MIXERS",
     "Mixer",
     "State",
+    "auto_backends",
     "build_mixer",
     "check_room",
     "choose_mixers",

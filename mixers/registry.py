@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 from mixerlab.mixers.mixer import Mixer
 from mixerlab.options import Choice, ConfigError, Registry, plain, report_problems
@@ -67,3 +67,19 @@ def without_segments(chosen: Choice | list[Choice]) -> list[str]:
     for field in _mixer_fields(chosen.options):
         names += without_segments(getattr(chosen.options, field))
     return names
+
+
+def auto_backends(chosen: Choice | list[Choice]) -> Choice | list[Choice]:
+    """The same mixers, at any depth, with the backend "auto", wherever a mixer's option `backend` has that default.
+
+    `chosen` is what `choose_mixers` returned.
+    """
+    if isinstance(chosen, list):
+        return [cast(Choice, auto_backends(choice)) for choice in chosen]
+    options = chosen.options
+    changed: dict[str, Any] = {
+        field: auto_backends(getattr(options, field)) for field in _mixer_fields(options)
+    }
+    if getattr(type(options)(), "backend", None) == "auto":
+        changed["backend"] = "auto"
+    return Choice(chosen.name, replace(options, **changed))

@@ -6,7 +6,7 @@ from typing import Any
 
 from mixerlab.data import DATA
 from mixerlab.lm.recipe.schema import Recipe
-from mixerlab.mixers import choose_mixers, without_segments
+from mixerlab.mixers import auto_backends, choose_mixers, without_segments
 from mixerlab.options import Choice, ConfigError, check_options, report_problems
 
 
@@ -74,6 +74,11 @@ def for_any_devices(recipe: Recipe) -> Recipe:
     if recipe.trainer.rows_per_step is None:
         return recipe
     return replace(recipe, trainer=replace(recipe.trainer, accumulate=1))
+
+
+def with_auto_backends(recipe: Recipe) -> Recipe:
+    """The recipe for any device and dtype: no mixer in it, at any depth, names the backend of its operator."""
+    return replace(recipe, model=replace(recipe.model, mixer=auto_backends(recipe.model.mixer)))
 
 
 def _around(rows: int, each: int) -> str:

@@ -1,12 +1,21 @@
 """Recipes that are wrong: one line each, that names the key, its value and what would be right."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import pytest
 
-from mixerlab.lm.recipe.check import check_recipe, for_any_devices, for_devices, mixers_of
+from mixerlab.lm.recipe.check import (
+    check_recipe,
+    for_any_devices,
+    for_devices,
+    mixers_of,
+    with_auto_backends,
+)
 from mixerlab.lm.recipe.load import load_recipe
 from mixerlab.mixers import MIXERS, register_mixer
 from mixerlab.mixers.identity import Identity, IdentityConfig
-from mixerlab.options import Choice, ConfigError, plain
+from mixerlab.options import Choice, ConfigError, option, plain
 from tiny_runs import train
 
 BAD = {
@@ -324,3 +333,30 @@ def test_the_rows_a_step_and_the_micro_batches_replace_each_other(folder):
         ConfigError, match=r"accumulate = 2: trainer\.rows_per_step = 64 is 4 x .*; expected 4, or only"
     ):
         for_devices(both, 1)
+
+
+def test_no_mixer_keeps_the_backend_it_names_at_any_depth_and_nothing_else_changes(monkeypatch):
+    @dataclass
+    class Config:
+        backend: Literal["fast", "slow"] = option("slow", "of its own, without auto")
+
+    monkeypatch.setitem(MIXERS._entries, "own", (Config, Identity))
+
+    def recipe(backend):
+        named = {} if backend is None else {"backend": backend}
+        inner = {"name": "mamba", "d_state": 4, **named}
+        taipan = {"name": "selective_attention", "below": inner}
+        mixer = [
+            {"name": "sessa", **named},
+            {"name": "parallel", "mixers": ["attention", taipan]},
+            {"name": "own", "backend": "fast"},
+        ]
+        return check_recipe({"model": {"d_model": 64, "mixer": mixer}, "trainer": {"steps": 1}})
+
+    given = recipe("triton")
+    assert with_auto_backends(given) == recipe(None)
+    assert given == recipe("triton"), "it is not changed in place"
+    alone = check_recipe(
+        {"model": {"mixer": {"name": "mamba2", "backend": "mamba_ssm"}}, "trainer": {"steps": 1}}
+    )
+    assert with_auto_backends(alone).model.mixer.options.backend == "auto"
