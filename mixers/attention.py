@@ -59,6 +59,9 @@ class AttentionConfig:
     )
     head_dim: int | None = option(None, "width of a head; null: d_model / n_heads", min=1)
     rope: bool = option(True, "rotate queries and keys by position (RoPE)")
+    rope_dim: int | None = option(
+        None, "how many numbers of each head are rotated, the first; null: all of them", min=2
+    )
     rope_theta: float = option(10000.0, "base of the rotation's wavelengths", above=1)
     window: int | None = option(
         None, "positions each query sees, itself included; null: the whole past", min=1
@@ -68,7 +71,13 @@ class AttentionConfig:
     bias: bool = option(False, "biases on the query, key and value projections")
 
     def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
-        yield from head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope, self.head_dim)
+        problems = list(head_problems(d_model, self.n_heads, self.n_kv_heads, self.rope, self.head_dim))
+        yield from problems
+        if problems or self.rope_dim is None:
+            return
+        width = self.head_dim or d_model // (self.n_heads or default_n_heads(d_model))
+        if self.rope_dim % 2 or self.rope_dim > width:
+            yield "rope_dim", f"an even number is needed, at most {width}, the width of a head"
 
 
 def rotary_positions(x: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -96,6 +105,7 @@ class Attention(Mixer):
         self.n_heads = default_n_heads(d_model) if config.n_heads is None else config.n_heads
         self.n_kv_heads = self.n_heads if config.n_kv_heads is None else config.n_kv_heads
         self.head_dim = d_model // self.n_heads if config.head_dim is None else config.head_dim
+        self.rope_dim = self.head_dim if config.rope_dim is None else config.rope_dim
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.q_proj = nn.Linear(d_model, q_dim, bias=config.bias)
         self.k_proj = nn.Linear(d_model, kv_dim, bias=config.bias)
@@ -114,8 +124,15 @@ class Attention(Mixer):
         if self.config.qk_norm:
             q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
         if self.config.rope:
-            q, k = (rotate(y, positions, self.config.rope_theta) for y in (q, k))
+            q, k = (self._rotate(y, positions) for y in (q, k))
         return q.to(v.dtype), k.to(v.dtype), v
+
+    def _rotate(self, y: Tensor, positions: Tensor) -> Tensor:
+        """Queries or keys (B, H or G, T, K), rotated by position."""
+        if self.rope_dim == self.head_dim:
+            return rotate(y, positions, self.config.rope_theta)
+        turned, kept = y.split((self.rope_dim, self.head_dim - self.rope_dim), dim=-1)
+        return torch.cat((rotate(turned, positions, self.config.rope_theta), kept), dim=-1)
 
     def _merge(self, y: Tensor) -> Tensor:
         """Heads (B, H, T, K) -> output (B, T, D)."""

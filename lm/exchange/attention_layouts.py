@@ -76,7 +76,8 @@ def _sizes(config: Published, eps: float) -> dict[str, Any]:
 
 
 def _attention(config: Published, kind: str) -> dict[str, Any]:
-    config.only("attention_bias", False)
+    if kind != "llama":
+        config.only("attention_bias", False)
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     usual = width // heads if width % heads == 0 else None
     head_dim = config.values.get("head_dim")
@@ -90,21 +91,31 @@ def _attention(config: Published, kind: str) -> dict[str, Any]:
         "name": "attention",
         "n_heads": heads,
         "n_kv_heads": heads if unshared else config.integer("num_key_value_heads"),
-        "rope_theta": _rope_theta(config, kind),
+        **_rotation(config, kind, head_dim or width // heads),
         **({} if head_dim in (None, usual) else {"head_dim": head_dim}),
+        **({"bias": True} if kind == "llama" and config.flag("attention_bias", False) else {}),
     }
 
 
-def _rope_theta(config: Published, kind: str) -> float:
-    """The base of rotary positions, which must be those of Llama: unscaled, over the whole head."""
-    why = "since positions are neither scaled nor left out of a part of the head"
+def _rotation(config: Published, kind: str, head_dim: int) -> dict[str, Any]:
+    """The options of rotary positions, which must not be scaled."""
+    why = "since positions are not scaled here"
     config.only("rope_scaling", None, why)
     rope = config.section("rope_parameters")
-    rope.only("rope_type", "default", why)
-    outer = config.values.get("partial_rotary_factor", 0.5 if kind == "bamba" else 1.0)
-    if rope.values.get("partial_rotary_factor", outer) != 1:
-        raise rope.problem("partial_rotary_factor", f"1, {why}")
-    return rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    for key in ("rope_type", "type"):
+        rope.only(key, "default", why)
+    if unknown := sorted(rope.values.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
+        raise rope.problem(unknown[0], f"none, {why}")
+    theta = {"rope_theta": rope.number("rope_theta", config.number("rope_theta", 10000.0))}
+    if kind != "bamba":
+        for section in (config, rope):
+            section.only("partial_rotary_factor", 1, f"as {kind} has")
+        return theta
+    factor = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 0.5))
+    rotated = int(head_dim * factor)
+    if not 0 < factor <= 1 or rotated % 2 or not rotated:
+        raise rope.problem("partial_rotary_factor", "a share of the head, at most 1, that is an even number")
+    return theta if rotated == head_dim else {**theta, "rope_dim": rotated}
 
 
 def _windows(config: Published, kind: str) -> list[int | None]:

@@ -1,9 +1,12 @@
 """The model card of an exported run: what it is, how to load it, how it was trained, what came out."""
 
+from pathlib import Path
+from typing import Any
+
 import yaml
 
 from mixerlab.lm.recipe.load import to_yaml
-from mixerlab.lm.run.checkpoint import read_meta, step_of
+from mixerlab.lm.run.checkpoint import read_meta
 from mixerlab.lm.run.folder import Run
 from mixerlab.options import plain
 
@@ -44,10 +47,9 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
 """
 
 
-def model_card(run: Run, checkpoint: str, kind: str, parameters: int) -> str:
+def model_card(run: Run, step: int, kind: str, parameters: int) -> str:
     """Markdown, as Hugging Face's hub shows it. `kind` is the `model_type` of the export."""
-    folder = run.checkpoints.named(checkpoint)
-    metrics = read_meta(folder).get("metrics") or {}
+    metrics = read_meta(run.checkpoints.at(step)).get("metrics") or {}
     table = "".join(f"| {name} | {value} |\n" for name, value in metrics.items())
     modules = "".join(f" and the module `{plugin}`" for plugin in run.recipe.plugins)
     remote = kind == "mixerlab"
@@ -55,7 +57,7 @@ def model_card(run: Run, checkpoint: str, kind: str, parameters: int) -> str:
         kind=kind,
         title=run.recipe.name or run.path.name,
         parameters=parameters,
-        steps=step_of(folder),
+        steps=step,
         trust=", trust_remote_code=True" if remote else "",
         tokenizer="tokenizer = AutoTokenizer.from_pretrained(FOLDER)"
         if run.has_tokenizer
@@ -63,7 +65,22 @@ def model_card(run: Run, checkpoint: str, kind: str, parameters: int) -> str:
         needs=f"\nIt runs by code in this folder, which needs `pip install mixerlab`{modules}.\n"
         if remote
         else "",
-        data=yaml.safe_dump(plain(run.recipe.data), sort_keys=False).strip(),
+        data=_yaml(plain(run.recipe.data)),
         metrics=f"| metric | value |\n|---|---|\n{table}" if table else "None were measured at this step.\n",
-        recipe=to_yaml(run.recipe).strip(),
+        recipe=_yaml(yaml.safe_load(to_yaml(run.recipe))),
     )
+
+
+def _yaml(values: Any) -> str:
+    """Without where files lie on this machine, which is nobody's business."""
+    return yaml.safe_dump(_without_folders(values), sort_keys=False, allow_unicode=True).strip()
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return Path(value).name
+    return value

@@ -6,6 +6,7 @@ Letters: V vocabulary.
 """
 
 import shlex
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from mixerlab.lm.recipe.load import to_yaml
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.checkpoint import save
 from mixerlab.lm.run.folder import Run
-from mixerlab.options import ConfigError, first_line
+from mixerlab.lm.run.writer import CheckpointError
+from mixerlab.options import ConfigError
 from mixerlab.sealed import write_file
 
-LONGEST_ROW = 8192
-"""Rows of a model that takes longer ones are as long as the data's default: they would not fit into most memories."""
+LONGEST_ROW, LONG_ROW = 2**24, 8192
+"""A longer one stands for no limit; and what most memories do not hold."""
 
 
 def read_tokenizer(folder: Path, config: Published, vocab_size: int) -> JsonTokenizer | None:
@@ -71,7 +73,7 @@ def read_tokenizer(folder: Path, config: Published, vocab_size: int) -> JsonToke
 
 
 def row_length(config: Published) -> int | None:
-    """T that the model was trained with, as far as config.json or the tokenizer's settings tell."""
+    """T that the model takes, as far as config.json or the tokenizer's settings tell."""
     settings = config.path.with_name("tokenizer_config.json")
     lengths = [config.values.get("max_position_embeddings")]
     if settings.is_file():
@@ -140,8 +142,11 @@ def convert(folder: Path, run: Path) -> str:
             tokenizer.save(whole.path)
         try:
             save(checkpoint, whole.checkpoints.at(0))
-        except RuntimeError as error:  # of torch, where the disk is full
-            raise ConfigError(f"--to {run}: it cannot be written: {first_line(error)}") from None
+        except (RuntimeError, CheckpointError):
+            free = shutil.disk_usage(new).free / 1e9
+            raise ConfigError(
+                f"--to {run}: it cannot be written: is the disk full? {free:.2f} GB are free there"
+            ) from None
 
     mixers = " and ".join(dict.fromkeys(mixer.name for mixer in mixers_of(recipe)))
     millions = sum(tensor.numel() for tensor in weights.values()) / 1e6
@@ -151,6 +156,10 @@ def convert(folder: Path, run: Path) -> str:
         f"{millions:.2f}M parameters{stored}",
         f"run folder  {run}",
     ]
+    if (length := recipe.data.options.seq_len) > LONG_ROW:
+        lines.append(
+            f"note        its rows are {length:,} tokens long; to train it on shorter ones, set data.seq_len"
+        )
     if tokenizer is None:
         lines.append(
             f"tokenizer   none, so mixerlab generate cannot be used: {folder} has no tokenizer.json; "

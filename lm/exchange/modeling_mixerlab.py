@@ -9,6 +9,8 @@ Letters: B batch, T time, V vocabulary.
 import importlib
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -86,23 +88,39 @@ class MixerlabForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """(B, T) -> logits (B, T, V), and the mean loss of (B, T) labels, which it shifts.
 
-        Rows may be padded on the right; with a cache they are decoded together, and none may be padded.
+        Rows may be padded on the right without a cache, and on the left with one: prompts are read apart, and then
+        decoded together.
         """
         cache = kwargs.get(CACHE)
-        if attention_mask is not None and (attention_mask.long().diff(dim=1) > 0).any():
-            raise ValueError("attention_mask: mixerlab's decoders read no padding on the left of a row")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        mask = mask[:, -input_ids.shape[1] :]  # of what is new
+        change, wrong = mask.diff(dim=1), "left" if cache is None else "right"
+        if (change > 0 if cache is None else change < 0).any() or not mask.any(dim=1).all():
+            raise ValueError(f"attention_mask: mixerlab reads no padding on the {wrong} of a row here")
         if cache is None:
             logits = self.decoder(input_ids)
-        else:
-            if attention_mask is not None and not attention_mask.all():
-                raise ValueError("attention_mask: mixerlab decodes rows of one length, without padding")
-            if cache.states is None:
-                cache.states = self.decoder.init_state(len(input_ids), cache.max_len)
+        elif cache.states is not None:
             logits, cache.states = self.decoder.extend(input_ids, cache.states)
+        else:
+            logits, cache.states = self._read(input_ids, mask.sum(dim=1).tolist(), cache.max_len)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        kept = kwargs.get("logits_to_keep", 0)
+        logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+    def _read(self, input_ids: Tensor, lengths: list[int], max_len: int) -> tuple[Tensor, list[State]]:
+        """Prompts (B, T), of which the last `lengths` tokens count -> logits (B, T, V), 0 before, and the States."""
+        if min(lengths) == input_ids.shape[1]:
+            return self.decoder.extend(input_ids, self.decoder.init_state(len(input_ids), max_len))
+        read = [
+            self.decoder.extend(ids[None, -length:], self.decoder.init_state(1, max_len))
+            for ids, length in zip(input_ids, lengths, strict=True)
+        ]
+        logits = torch.cat([F.pad(row, (0, 0, input_ids.shape[1] - row.shape[1], 0)) for row, _ in read])
+        states = zip(*(states for _, states in read), strict=True)
+        return logits, [type(layer[0]).cat(layer) for layer in states]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any

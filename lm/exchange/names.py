@@ -1,6 +1,6 @@
 """What transformers' files call the decoder's parameters, and the order of rows that they have them in.
 
-Letters: H heads, K head dim.
+Letters: H heads, K head dim, R how much of a head is rotated.
 """
 
 from collections.abc import Iterable
@@ -70,11 +70,17 @@ def is_rotated(name: str) -> bool:
     return name.startswith("blocks.") and name.split(".")[-2] in ROTATED
 
 
-def to_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows (H K, ...) of rotated heads: pairs (2i, 2i + 1), as here, -> (i, i + K/2), as in transformers."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+def to_halves(rows: Tensor, head_dim: int, rope_dim: int) -> Tensor:
+    """Rows (H K, ...) of heads whose first R are rotated: pairs (2i, 2i + 1), as here, -> (i, i + R/2), as there."""
+    return _reordered(rows, head_dim, rope_dim, (rope_dim // 2, 2))
 
 
-def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
+def to_pairs(rows: Tensor, head_dim: int, rope_dim: int) -> Tensor:
     """The inverse of `to_halves`."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    return _reordered(rows, head_dim, rope_dim, (2, rope_dim // 2))
+
+
+def _reordered(rows: Tensor, head_dim: int, rope_dim: int, shape: tuple[int, int]) -> Tensor:
+    heads = rows.unflatten(0, (-1, head_dim)).clone()  # (H, K, ...)
+    heads[:, :rope_dim] = heads[:, :rope_dim].unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+    return heads.flatten(0, 1)

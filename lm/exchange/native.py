@@ -7,6 +7,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixerlab.lm.exchange.names import HYBRID, is_rotated, published_names, to_halves
@@ -38,14 +39,29 @@ Layers = list[tuple[str, Choice]]
 class NotNative(ConfigError):
     """transformers has no architecture that computes what the recipe's decoder does."""
 
-    def __init__(self, key: str, value: Any, expected: str):
-        super().__init__(
-            f"{key} = {show(value)}: a native export needs {expected}; --format remote takes any recipe"
-        )
+    def __init__(self, why: str):
+        super().__init__(f"{why}; --format remote takes any recipe")
 
 
-def native_config(recipe: Recipe, vocab_size: int, seq_len: int) -> dict[str, Any]:
-    """What config.json says of the recipe's decoder, but for tokens. Raises NotNative, naming the option."""
+def _unfit(key: str, value: Any, expected: str) -> NotNative:
+    return NotNative(f"{key} = {show(value)}: a native export needs {expected}")
+
+
+def native_configs(recipe: Recipe, vocab_size: int, seq_len: int) -> list[dict[str, Any]]:
+    """What config.json may say of the recipe's decoder, but for tokens; the first is the one to try first.
+
+    Raises NotNative, naming the option.
+    """
+    config = _config(recipe, vocab_size, seq_len)
+    if config["model_type"] != "qwen2" or config["use_sliding_window"]:
+        return [config]
+    # Of Qwen2 transformers replaces some tokenizers. Llama has the same biases, and one of the output, which is 0 then.
+    llama = {key: value for key, value in config.items() if "sliding_window" not in key}
+    width = llama["hidden_size"] // llama["num_attention_heads"]
+    return [config, llama | {**_llama(width), "attention_bias": True}]
+
+
+def _config(recipe: Recipe, vocab_size: int, seq_len: int) -> dict[str, Any]:
     model = recipe.model
     _need("model.block", model.block, "transformer")
     _need("model.norm", model.norm, "rmsnorm")
@@ -60,7 +76,7 @@ def native_config(recipe: Recipe, vocab_size: int, seq_len: int) -> dict[str, An
     elif names == {"mamba2", "attention"}:
         kind, values = HYBRID, _bamba(model, layers)
     else:
-        raise NotNative(
+        raise _unfit(
             "model.mixer",
             " ".join(sorted(names)),
             "attention, mamba or mamba2 alone, or mamba2 and attention",
@@ -80,20 +96,25 @@ def native_config(recipe: Recipe, vocab_size: int, seq_len: int) -> dict[str, An
     }
 
 
-def native_weights(kind: str, decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's parameters in float32, as the files of a `model_type` name and order them."""
+def native_weights(config: dict[str, Any], decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's parameters in float32, as the files that go with a config.json name and order them."""
+    kind = config["model_type"]
     weights = {name: parameter.detach().float() for name, parameter in decoder.named_parameters()}
     for i, block in enumerate(decoder.layers):
         if not isinstance(block.mixer, Attention):
             continue
-        prefix, config = f"blocks.{i}.mixer.", block.mixer.config
+        prefix, options = f"blocks.{i}.mixer.", block.mixer.config
         for name in [n for n in weights if n.startswith(prefix) and is_rotated(n)]:
-            if config.qk_norm and not name.endswith("norm.weight"):
+            if options.qk_norm and not name.endswith("norm.weight"):
                 # One epsilon serves all norms there: norm(s q, s^2 eps) = norm(q, eps).
-                weights[name] = weights[name] * math.sqrt(_eps(block.norm) / config.norm_eps)
-            weights[name] = to_halves(weights[name], block.mixer.head_dim)
+                weights[name] = weights[name] * math.sqrt(_eps(block.norm) / options.norm_eps)
+            weights[name] = to_halves(weights[name], block.mixer.head_dim, block.mixer.rope_dim)
     names = published_names(kind, weights)
-    return {names[name]: weight.contiguous() for name, weight in weights.items()}
+    named = {names[name]: weight.contiguous() for name, weight in weights.items()}
+    if kind == "llama" and config["attention_bias"]:
+        layers, width = config["num_hidden_layers"], config["hidden_size"]
+        named |= {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(width) for i in range(layers)}
+    return named
 
 
 def _eps(norm: Any) -> float:
@@ -111,7 +132,7 @@ def _layers(recipe: Recipe) -> Layers:
 
 def _need(key: str, value: Any, expected: Any, why: str = "") -> None:
     if value != expected:
-        raise NotNative(key, value, show(expected) + why)
+        raise _unfit(key, value, show(expected) + why)
 
 
 def _alike(layers: Layers, *free: str) -> Any:
@@ -121,7 +142,7 @@ def _alike(layers: Layers, *free: str) -> Any:
         for field in fields(mixer.options):
             value, expected = getattr(mixer.options, field.name), getattr(first.options, field.name)
             if field.name not in (*free, "backend") and value != expected:
-                raise NotNative(f"{other}.{field.name}", value, f"{show(expected)}, as {key} has")
+                raise _unfit(f"{other}.{field.name}", value, f"{show(expected)}, as {key} has")
     return first.options
 
 
@@ -130,7 +151,10 @@ def _attention(model: ModelConfig, layers: Layers) -> tuple[str, dict[str, Any]]
     key = layers[0][0]
     options: AttentionConfig = _alike(layers, "window")
     values = _heads(model, key, options) | _feed_forward(model)
-    head_dim = {"head_dim": options.head_dim or model.d_model // values["num_attention_heads"]}
+    width = options.head_dim or model.d_model // values["num_attention_heads"]
+    if options.rope_dim not in (None, width):
+        raise _unfit(f"{key}.rope_dim", options.rope_dim, "null, or layers of mamba2 too")
+    head_dim = {"head_dim": width}
     windows = [mixer.options.window for _, mixer in layers]
     if options.qk_norm or options.bias:
         # In transformers biases are on the output projection too, but for Qwen2, which has no QK norm.
@@ -140,10 +164,20 @@ def _attention(model: ModelConfig, layers: Layers) -> tuple[str, dict[str, Any]]
         _need(f"{key}.head_dim", options.head_dim, None, " with bias")
         return "qwen2", values | _windows(layers)
     if set(windows) == {None}:
-        return "llama", values | head_dim | {"attention_bias": False, "mlp_bias": False}
+        return "llama", values | _llama(width)
     for other, window in zip((other for other, _ in layers), windows, strict=True):
         _need(f"{other}.window", window, windows[0], " in every layer, or qk_norm")
     return "mistral", values | head_dim | {"sliding_window": windows[0]}
+
+
+def _llama(head_dim: int) -> dict[str, Any]:
+    return {
+        "architectures": [CLASSES["llama"]],
+        "model_type": "llama",
+        "head_dim": head_dim,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
 
 
 def _windows(layers: Layers) -> dict[str, Any]:
@@ -229,13 +263,14 @@ def _bamba(model: ModelConfig, layers: Layers) -> dict[str, Any]:
     for name in ("window", "qk_norm", "bias", "head_dim"):
         _need(f"{key}.{name}", getattr(options, name), getattr(AttentionConfig(), name), " beside mamba2")
     values = _heads(model, key, options) | _feed_forward(model)
-    values["rope_parameters"]["partial_rotary_factor"] = 1.0
+    head_dim = model.d_model // values["num_attention_heads"]
+    values["rope_parameters"]["partial_rotary_factor"] = (options.rope_dim or head_dim) / head_dim
     state_space = _ssd(model, [layer for layer in layers if layer[1].name == "mamba2"])
-    head_dim = state_space.head_dim_in(model.d_model)
+    width = state_space.head_dim_in(model.d_model)
     return values | {
         "attn_layer_indices": [i for i, (_, mixer) in enumerate(layers) if mixer.name == "attention"],
-        "mamba_n_heads": state_space.expand * model.d_model // head_dim,
-        "mamba_d_head": head_dim,
+        "mamba_n_heads": state_space.expand * model.d_model // width,
+        "mamba_d_head": width,
         "mamba_n_groups": state_space.n_groups,
         "mamba_d_state": state_space.d_state,
         "mamba_d_conv": state_space.d_conv,

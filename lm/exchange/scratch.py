@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from mixerlab.options import ConfigError, first_line
 from mixerlab.sealed import sync
@@ -29,7 +30,7 @@ def written_aside(to: Path, verb: str) -> Iterator[Path]:
             yield folder
             folder.rename(to)
             sync(to.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"--to {to}: it cannot be written: {first_line(error)}") from None
 
 

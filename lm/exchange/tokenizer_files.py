@@ -33,7 +33,8 @@ def write_tokenizer(tokenizer: TextTokenizer, vocab_size: int, seq_len: int, fol
     pad(exported, tokenizer.vocab_size, vocab_size)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eod),
+        # No padding token: it would be this one too, and transformers trains no padding token's embedding.
+        **dict.fromkeys(("bos_token", "eos_token"), eod),
         "split_special_tokens": True,  # text that spells out a special token is text
         "clean_up_tokenization_spaces": False,
         "model_max_length": seq_len,
@@ -42,12 +43,20 @@ def write_tokenizer(tokenizer: TextTokenizer, vocab_size: int, seq_len: int, fol
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def adds_tokens(tokenizer: TextTokenizer) -> bool:
+    """Whether it adds special tokens to text, where training does not ask it not to."""
+    added = isinstance(tokenizer, JsonTokenizer) and tokenizer.tokenizer.num_special_tokens_to_add(
+        is_pair=False
+    )
+    return bool(added)
+
+
 def _as_json(tokenizer: TextTokenizer) -> tuple[Tokenizer, str]:
     """A copy of a run's tokenizer as one of the `tokenizers` library, and what ends a document in it."""
     if isinstance(tokenizer, JsonTokenizer):
         state = json.loads(tokenizer.tokenizer.to_str())
-        if tokenizer.tokenizer.num_special_tokens_to_add(is_pair=False):
-            state["post_processor"] = None  # it adds tokens to text that no run is trained with
+        if adds_tokens(tokenizer):
+            state["post_processor"] = None  # training leaves such tokens out
         return Tokenizer.from_str(json.dumps(state)), tokenizer.eod_token
     # Bytes: a byte-level BPE that merges nothing.
     bytewise = Tokenizer(models.BPE(vocab=BYTE_OF, merges=[]))

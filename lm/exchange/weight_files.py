@@ -34,7 +34,7 @@ def read_weights(
     shapes = {
         full: (name, parameters[name].shape) for name, full in published_names(kind, parameters).items()
     }
-    head_dims = {block.mixer.head_dim for block in decoder.layers if isinstance(block.mixer, Attention)}
+    heads = {(m.head_dim, m.rope_dim) for m in (b.mixer for b in decoder.layers) if isinstance(m, Attention)}
     prefix = f"{stem(kind)}."
     weights: dict[str, Tensor] = {}
     dtypes = set()
@@ -47,6 +47,12 @@ def read_weights(
         full = full.replace("backbone.embedding.", "backbone.embeddings.")
         if full == "lm_head.weight" and full not in shapes:  # tied, and yet saved: the embedding again
             spare_head = tensor
+            continue
+        if kind == "llama" and full.endswith(".o_proj.bias"):  # which a run never has
+            if tensor.any():
+                raise ConfigError(
+                    f"{file}: tensor {name} is not zero; expected zeros: attention here has no such bias"
+                )
             continue
         if full not in shapes:
             raise ConfigError(f"{file}: tensor {name} is none of the model that config.json describes")
@@ -62,8 +68,8 @@ def read_weights(
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
         weights[ours] = tensor.to(torch.float32, copy=True)  # off the file's memory map
         if is_rotated(ours):
-            (head_dim,) = head_dims
-            weights[ours] = to_pairs(weights[ours], head_dim)
+            ((head_dim, rope_dim),) = heads
+            weights[ours] = to_pairs(weights[ours], head_dim, rope_dim)
     missing = [full for full, (ours, _) in shapes.items() if ours not in weights]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

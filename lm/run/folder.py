@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from mixerlab.data import DataError, TextTokenizer, load_tokenizer
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.model.generation import stream_texts
-from mixerlab.lm.recipe.check import for_any_devices
+from mixerlab.lm.recipe.check import for_any_devices, with_auto_backends
 from mixerlab.lm.recipe.files import read_saved, too_odd
 from mixerlab.lm.recipe.load import differing_keys, load_saved, to_yaml
 from mixerlab.lm.recipe.schema import Recipe
@@ -263,14 +263,16 @@ class Run:
     def decoder(self, checkpoint: str | int = "last", device: str | torch.device = "cpu") -> Decoder:
         """The trained decoder, in evaluation mode.
 
-        `checkpoint` is "last", "best" or a step; it may be of any number of ranks. Raises ConfigError.
+        `checkpoint` is "last", "best" or a step; it may be of any number of ranks. On a CPU its mixers choose their
+        backends, whatever the recipe names for the GPU on which it was trained. Raises ConfigError.
         """
         checkpoint, device = str(checkpoint), str(device)
+        recipe = with_auto_backends(self.recipe) if device == "cpu" else self.recipe
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device = {device!r}: no CUDA device is available here; expected cpu")
         folder = self.checkpoints.named(checkpoint)
         check_model(folder, self.recipe)
-        return decoder_of(self.recipe, read(folder), folder).to(device).eval()
+        return decoder_of(recipe, read(folder), folder).to(device).eval()
 
     def texts(
         self,

@@ -48,6 +48,11 @@ CASES = {
     "qwen3": ("Qwen3", {"head_dim": 6, "rms_norm_eps": 1e-3}),
     "qwen3 with wide heads": ("Qwen3", {"head_dim": 16, "num_attention_heads": 5, "num_key_value_heads": 1}),
     "bamba": ("Bamba", {**SSM, **WHOLE, "attn_layer_indices": [1]}),
+    "bamba as published, half rotated": (
+        "Bamba",
+        {**SSM, "hidden_size": 32, "mamba_d_head": "auto", "mamba_n_heads": 8, "attn_layer_indices": [1]},
+    ),
+    "llama with biases": ("Llama", {"attention_bias": True}),
     "bamba tied": (
         "Bamba",
         {**SSM, **WHOLE, "attn_layer_indices": [0, 2], "tie_word_embeddings": True, "mamba_proj_bias": True},
@@ -61,7 +66,9 @@ def published(name, **options):
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.endswith("o_proj.bias"):
+                continue  # a run has none, so it must be 0
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model
 
@@ -80,6 +87,15 @@ def test_the_logits_are_those_of_transformers(name, options, tmp_path):
     with torch.no_grad():
         ours, theirs = decoder(ids), model(ids, use_cache=False).logits
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_a_bias_that_a_run_cannot_have_is_named(tmp_path, capsys):
+    model = published("Llama", attention_bias=True)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.bias[2] = 1
+    model.save_pretrained(tmp_path / "folder")
+    assert main(["convert", str(tmp_path / "folder"), "--to", str(tmp_path / "run")]) == 2
+    assert "model.layers.1.self_attn.o_proj.bias is not zero; expected zeros" in capsys.readouterr().err
 
 
 def test_frequencies_in_older_files_are_left_out_and_names_may_lack_the_prefix(tmp_path):
@@ -155,12 +171,15 @@ def test_windows_are_said_in_three_ways(read):
     ("kind", "values", "message"),
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'; expected \"silu\""),
-        ("llama", {"attention_bias": True}, "attention_bias = True; expected false"),
+        ("mistral", {"attention_bias": True}, "attention_bias = True; expected false"),
         ("llama", {"mlp_bias": True}, "mlp_bias = True; expected false"),
         ("qwen2", {"head_dim": 8}, "head_dim = 8; expected hidden_size / num_attention_heads = 6"),
         ("llama", {"head_dim": "6"}, "head_dim = '6'; expected an integer of at least 1"),
         ("mistral", {"num_key_value_heads": 0}, "num_key_value_heads = 0; expected an integer"),
-        ("llama", {"rope_scaling": {"type": "linear"}}, "expected null, since positions are neither scaled"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "expected null, since positions are not scaled"),
+        ("llama", {"rope_parameters": {"type": "yarn", "factor": 4}}, "rope_parameters.type = 'yarn'; expected"),
+        ("llama", {"rope_parameters": {"factor": 4}}, "rope_parameters.factor = 4; expected none, since positions"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5; expected 1, as llama has"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type = 'llama3'; expected"),
         ("llama", {"rope_parameters": 3}, "rope_parameters = 3; expected a mapping"),
         ("llama", {"rope_theta": "big"}, "rope_theta = 'big'; expected a number above 0"),
@@ -173,7 +192,7 @@ def test_windows_are_said_in_three_ways(read):
             "; expected 3 times full_attention or sliding_attention",
         ),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers = '2'; expected"),
-        ("bamba", SSM, "rope_parameters.partial_rotary_factor is missing; expected 1"),
+        ("bamba", SSM, "rope_parameters.partial_rotary_factor is missing; expected a share of the head"),
         ("bamba", {**SSM, **WHOLE, "mamba_d_head": 9}, "mamba_d_head = 9; expected mamba_expand * hidden_size"),
         ("bamba", {**SSM, **WHOLE, "attn_layer_indices": [3]}, "attn_layer_indices = [3]; expected a list"),
         ("bamba", {**SSM, **WHOLE, "attn_layer_indices": "1"}, "attn_layer_indices = '1'; expected a list"),

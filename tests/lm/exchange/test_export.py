@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import mixerlab.lm.exchange.export as export_module
 from mixerlab.__main__ import main
 from mixerlab.data.tokenizers import ByteTokenizer, train_bpe
-from mixerlab.lm.exchange.native import native_weights
+from mixerlab.lm.exchange.native import native_configs, native_weights
 from mixerlab.lm.exchange.tokenizer_files import HARD_TEXT, write_tokenizer
 from mixerlab.lm.model.generation import generate
 from mixerlab.lm.run.checkpoint import reshard
@@ -55,6 +55,7 @@ NATIVE = {
         "Mamba2ForCausalLM",
     ),
     "bamba": ({**SWIGLU, "mixer": [MAMBA2, ATTENTION]}, "BambaForCausalLM"),
+    "bamba, half rotated": ({**SWIGLU, "mixer": [MAMBA2, {**ATTENTION, "rope_dim": 4}]}, "BambaForCausalLM"),
     "bamba tied": (
         {**SWIGLU, "n_layers": 3, "mixer": [ATTENTION, MAMBA2], "tie_embeddings": True},
         "BambaForCausalLM",
@@ -203,6 +204,10 @@ def test_export_convert_export_gives_the_same_bytes(model, tokenizer, tmp_path):
             {"mixer": {**ATTENTION, "bias": True, "head_dim": 10}},
             "model.mixer.head_dim = 10: a native export needs null with bias",
         ),
+        (
+            {"mixer": {**ATTENTION, "rope_dim": 2}},
+            "model.mixer.rope_dim = 2: a native export needs null, or layers of mamba2 too",
+        ),
         ({"mixer": MAMBA}, "model.mlp = 'swiglu': a native export needs 'none'"),
         ({"mixer": MAMBA2}, "model.mlp = 'swiglu': a native export needs 'none', or layers of attention too"),
         (
@@ -228,9 +233,23 @@ def test_what_prevents_a_native_export_is_named(model, message, tmp_path, capsys
     assert error.endswith("; --format remote takes any recipe\n")
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_where_transformers_would_replace_the_tokenizer_of_qwen2_it_is_llama_with_biases(tokenizer, tmp_path):
+    run = untrained(tmp_path / "run", QWEN2["qwen2"], tokenizer)
+    first = export(run, tmp_path / "out", "--format", "native")
+    reloaded = load(first)
+    assert type(reloaded).__name__ == "LlamaForCausalLM"
+    assert_same(run, reloaded)
+    assert main(["convert", str(first), "--to", str(tmp_path / "back")]) == 0
+    second = export(type(run).open(tmp_path / "back"), tmp_path / "second", "--format", "native")
+    assert content(first) == content(second)
+
+
 def test_a_tokenizer_that_transformers_would_replace_goes_with_our_code(tmp_path, capsys):
-    run = untrained(tmp_path / "run", QWEN2["qwen2"], "bpe")
-    assert "model_type = 'qwen2'" in refusal(run, tmp_path / "out", capsys, "--format", "native")
+    run = untrained(tmp_path / "run", QWEN2["qwen2 with windows"], "bpe")
+    assert "model.mixer.bias makes it model_type 'qwen2'" in refusal(
+        run, tmp_path / "out", capsys, "--format", "native"
+    )
     export(run, tmp_path / "out")
     assert "remote: modeling_mixerlab.py" in capsys.readouterr().out
 
@@ -250,7 +269,7 @@ def test_any_other_decoder_goes_with_code_that_imports_mixerlab(model, tmp_path,
     assert config["model_type"] == "mixerlab"
 
 
-def test_our_code_takes_batches_beams_and_labels_and_refuses_padding_on_the_left(tmp_path):
+def test_our_code_takes_batches_beams_labels_and_padding_on_one_side(tmp_path):
     run = untrained(tmp_path / "run", {**SWIGLU, "mixer": [ATTENTION, MAMBA]})
     model = load(export(run, tmp_path / "out"), trust_remote_code=True)
     decoder = run.decoder()
@@ -271,10 +290,14 @@ def test_our_code_takes_batches_beams_and_labels_and_refuses_padding_on_the_left
         torch.testing.assert_close(model(ids, attention_mask=right).logits, decoder(ids))
         with pytest.raises(ValueError, match="no padding on the left"):
             model(ids, attention_mask=left)
-        with pytest.raises(ValueError, match="no padding on the left"):
-            model.generate(ids, attention_mask=left, **greedy)
-        with pytest.raises(ValueError, match="rows of one length"):
+        with pytest.raises(ValueError, match="no padding on the right"):
             model.generate(ids, attention_mask=right, **greedy)
+        together = model.generate(ids, attention_mask=left, **greedy)
+        assert torch.equal(
+            together[0, 9:], model.generate(ids[:1, 3:], attention_mask=mask[:1, 3:], **greedy)[0, 6:]
+        )
+        assert torch.equal(together[1], cached[1])
+        torch.testing.assert_close(model(ids, logits_to_keep=2).logits, decoder(ids)[:, -2:])
 
 
 def test_our_code_saves_what_it_has_read(tmp_path):
@@ -354,8 +377,8 @@ def test_the_card_tells_of_the_run(tmp_path):
 
 @pytest.mark.parametrize("fault", ["order", "name", "scale"])
 def test_what_does_not_come_back_the_same_is_not_written(fault, tmp_path, capsys, monkeypatch):
-    def faulty(kind, decoder):
-        weights = native_weights(kind, decoder)
+    def faulty(config, decoder):
+        weights = native_weights(config, decoder)
         key = "model.layers.1.self_attn.k_proj.weight"
         if fault == "order":
             weights[key] = decoder.layers[1].mixer.k_proj.weight.detach()
@@ -367,7 +390,7 @@ def test_what_does_not_come_back_the_same_is_not_written(fault, tmp_path, capsys
 
     monkeypatch.setattr(export_module, "native_weights", faulty)
     run = untrained(tmp_path / "run", NATIVE["llama"][0])
-    error = refusal(run, tmp_path / "out", capsys)
+    error = refusal(run, tmp_path / "out", capsys, "--format", "native")
     assert ("does not read back" if fault == "name" else "the logits of what was written differ") in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -406,3 +429,114 @@ def test_without_transformers_one_line_says_what_to_install(tmp_path, capsys, mo
     assert (
         "No module named 'transformers'; expected it installed: pip install 'mixerlab[transformers]'" in error
     )
+
+
+def test_what_transformers_computes_otherwise_goes_with_our_code(tmp_path, capsys, monkeypatch):
+    def halved(config, decoder):
+        return {name: weight / 2 for name, weight in native_weights(config, decoder).items()}
+
+    monkeypatch.setattr(export_module, "native_weights", halved)
+    run = untrained(tmp_path / "run", NATIVE["llama"][0])
+    export(run, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "remote: modeling_mixerlab.py" in said
+    assert "not native  model_type = 'llama': the logits of what was written differ by" in said
+
+
+def test_a_window_that_is_another_is_noticed(tmp_path, capsys, monkeypatch):
+    def wider(*args):
+        return [{**config, "sliding_window": 117} for config in native_configs(*args)]
+
+    monkeypatch.setattr(export_module, "native_configs", wider)
+    run = untrained(tmp_path / "run", {**SWIGLU, "mixer": {**ATTENTION, "window": 100}})
+    assert "logits of what was written differ" in refusal(run, tmp_path / "out", capsys, "--format", "native")
+
+
+def test_the_end_of_a_document_does_not_end_the_comparison(tmp_path, monkeypatch):
+    lengths = []
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    whole = LlamaForCausalLM.generate
+
+    def watched(self, ids, **options):
+        text = whole(self, ids, **options)
+        lengths.append(text.shape[1] - ids.shape[1])
+        return text
+
+    def says_eod(decoder):
+        decoder.norm.weight.zero_()  # all logits are equal, and the first token, which ends a document, is chosen
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", watched)
+    export(untrained(tmp_path / "run", NATIVE["llama"][0], change=says_eod), tmp_path / "out")
+    assert lengths == [50]
+
+
+def test_weights_that_are_not_finite_are_said_to_be(tmp_path, capsys):
+    run = untrained(
+        tmp_path / "run", NATIVE["llama"][0], change=lambda decoder: decoder.norm.weight.fill_(torch.nan)
+    )
+    assert "the run's logits are not finite" in refusal(run, tmp_path / "out", capsys)
+
+
+def test_no_token_pads(tmp_path):
+    folder = export(untrained(tmp_path / "run", NATIVE["llama"][0]), tmp_path / "out")
+    assert load(folder).model.embed_tokens.padding_idx is None, "its embedding would not be trained further"
+
+
+def test_rows_of_any_length_come_back(tmp_path, capsys):
+    run = untrained(tmp_path / "run", NATIVE["llama"][0], data={"name": "text", "seq_len": 131072})
+    first = export(run, tmp_path / "first")
+    capsys.readouterr()
+    assert main(["convert", str(first), "--to", str(tmp_path / "back")]) == 0
+    assert (
+        "rows are 131,072 tokens long; to train it on shorter ones, set data.seq_len"
+        in capsys.readouterr().out
+    )
+    second = export(type(run).open(tmp_path / "back"), tmp_path / "second")
+    assert content(first) == content(second)
+    assert json.loads((first / "config.json").read_text())["max_position_embeddings"] == 131072
+
+
+def test_the_card_does_not_say_where_files_lie(tmp_path):
+    run = untrained(tmp_path / "run", NATIVE["llama"][0])
+    card = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "cache_dir: mixerlab" in card
+    assert "~" not in card
+    assert str(tmp_path) not in card
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*args, **options):
+        raise SafetensorError("Error while serializing: IoError(Os { code: 28 })")
+
+    monkeypatch.setattr(export_module, "save_torch_state_dict", full)
+    run = untrained(tmp_path / "run", NATIVE["llama"][0])
+    assert "it cannot be written: Error while serializing" in refusal(run, tmp_path / "out", capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_cannot_be_read_back_is_not_called_unwritable(tmp_path, capsys, monkeypatch):
+    def unreadable(*args, **options):
+        raise OSError("no such cache")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unreadable)
+    run = untrained(tmp_path / "run", NATIVE["llama"][0])
+    error = refusal(run, tmp_path / "out", capsys)
+    assert "transformers cannot read back what was written: no such cache" in error
+
+
+def test_what_a_native_export_leaves_out_is_said(tmp_path, capsys):
+    run = untrained(tmp_path / "run", {**NATIVE["llama"][0], "dropout": 0.3})
+    export(run, tmp_path / "out")
+    assert "model.dropout is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["native", "remote"])
+def test_the_backend_that_trained_a_run_is_not_needed(format, tmp_path):
+    mixers = {"native": {**MAMBA2, "backend": "mamba_ssm"}, "remote": {"name": "sessa", "backend": "triton"}}
+    run = untrained(tmp_path / "run", {"mlp": "none", "mixer": mixers[format]})
+    folder = export(run, tmp_path / "out", "--format", format)
+    assert_same(run, load(folder, trust_remote_code=format == "remote"))
+    assert "triton" not in (folder / "config.json").read_text()

@@ -66,20 +66,22 @@ def rotate_halves(x, positions, theta):
     )
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 8), (2, 6)])
-def test_scores_of_rows_in_the_other_order_are_the_same(heads, head_dim):
+@pytest.mark.parametrize(("heads", "head_dim", "rope_dim"), [(1, 2, 2), (3, 8, 8), (2, 6, 6), (2, 8, 4)])
+def test_scores_of_rows_in_the_other_order_are_the_same(heads, head_dim, rope_dim):
     x = torch.randn(1, 5, 7, dtype=torch.float64)
     positions = torch.arange(5)[None]
     weights = [torch.randn(heads * head_dim, 7, dtype=torch.float64) for _ in range(2)]
 
     def scores(weights, rotate):
-        q, k = (
-            rotate((x @ weight.T).unflatten(-1, (heads, head_dim)).transpose(1, 2), positions, 100.0)
-            for weight in weights
-        )
+        both = []
+        for weight in weights:
+            y = (x @ weight.T).unflatten(-1, (heads, head_dim)).transpose(1, 2)
+            y[..., :rope_dim] = rotate(y[..., :rope_dim].clone(), positions, 100.0)
+            both.append(y)
+        q, k = both
         return q @ k.mT
 
-    theirs = scores([to_halves(weight, head_dim) for weight in weights], rotate_halves)
+    theirs = scores([to_halves(weight, head_dim, rope_dim) for weight in weights], rotate_halves)
     torch.testing.assert_close(theirs, scores(weights, rotate), rtol=1e-5, atol=1e-5)
     for weight in (*weights, weights[0][:, 0]):
-        assert torch.equal(to_pairs(to_halves(weight, head_dim), head_dim), weight)
+        assert torch.equal(to_pairs(to_halves(weight, head_dim, rope_dim), head_dim, rope_dim), weight)
