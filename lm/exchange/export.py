@@ -163,9 +163,9 @@ def compare(folder: Path, decoder: Decoder, kind: str) -> float:
         model, report = import_transformers().AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, trust_remote_code=kind == "mixerlab", output_loading_info=True
         )
-    except OSError as error:  # which it raises for much else too
+    except OSError as failure:  # which it raises for much else too
         raise ConfigError(
-            f"model_type = {kind!r}: transformers cannot read back what was written: {first_line(error)}"
+            f"model_type = {kind!r}: transformers cannot read back what was written: {first_line(failure)}"
         ) from None
     if problems := {what: names for what, names in report.items() if names}:
         raise ConfigError(

@@ -528,7 +528,7 @@ def test_what_cannot_be_read_back_is_not_called_unwritable(tmp_path, capsys, mon
 
 
 def test_what_a_native_export_leaves_out_is_said(tmp_path, capsys):
-    run = untrained(tmp_path / "run", {**NATIVE["llama"][0], "dropout": 0.3})
+    run = untrained(tmp_path / "run", {**SWIGLU, "mixer": ATTENTION, "dropout": 0.3})
     export(run, tmp_path / "out")
     assert "model.dropout is left out" in capsys.readouterr().out
 
