@@ -229,6 +229,7 @@ def _mamba(model: ModelConfig, layers: Layers) -> dict[str, Any]:
 
 
 def _mamba2(model: ModelConfig, layers: Layers) -> dict[str, Any]:
+    # transformers generates nothing from a Bamba without attention.
     _need("model.mlp", model.mlp, "none", ", or layers of attention too")
     options = _ssd(model, layers)
     head_dim = options.head_dim_in(model.d_model)
