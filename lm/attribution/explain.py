@@ -56,27 +56,31 @@ def relevance_method(
     return {"gradient": gradient_times_input, "lrp": mamba_lrp}[name]
 
 
-def tokens_of(tokenizer: TextTokenizer, text: str, rows: int) -> list[int]:
-    """The token ids of a text; `rows` are those of the decoder's embedding. Raises ConfigError."""
-    ids = tokenizer.encode(text)
+def tokens_of(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """The token ids of a text. Raises ConfigError."""
+    ids = _encoded(tokenizer, "--text", text)
     if not 2 <= len(ids) <= MOST_TOKENS:
         raise ConfigError(
             f"--text: it has {len(ids)} {'token' if len(ids) == 1 else 'tokens'}; expected 2 to {MOST_TOKENS}"
         )
-    if max(ids) >= rows:
-        raise ConfigError(f"--text: it has token {max(ids)}, and the run's decoder has {rows} tokens")
     return ids
 
 
-def one_token(tokenizer: TextTokenizer, text: str, rows: int) -> int:
+def one_token(tokenizer: TextTokenizer, text: str) -> int:
     """The token that a text is. Raises ConfigError where it is several, or none."""
-    ids = tokenizer.encode(text)
-    if len(ids) != 1 or ids[0] >= rows:
+    ids = _encoded(tokenizer, "--target", text)
+    if len(ids) != 1:
         pieces = ", ".join(show(tokenizer.decode([i])) for i in ids)
-        raise ConfigError(
-            f"--target {show(text)}: it is {len(ids)} tokens ({pieces}); expected one of the decoder's {rows}"
-        )
+        raise ConfigError(f"--target {show(text)}: it is {len(ids)} tokens ({pieces}); expected one")
     return ids[0]
+
+
+def _encoded(tokenizer: TextTokenizer, option: str, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the command line's bytes, as Python keeps those that are no text
+        raise ConfigError(f"{option} {show(text)}: it is not UTF-8; expected text") from None
+    return tokenizer.encode(text)
 
 
 def passages(

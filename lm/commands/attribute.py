@@ -1,10 +1,18 @@
 """mixerlab attribute: which tokens of a text counted for the next one."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixerlab.lm.commands.arguments import add_allow_plugins, add_checkpoint, add_device, add_run, at_least
+
+if TYPE_CHECKING:
+    from mixerlab.data import TextTokenizer
+    from mixerlab.lm.model.decoder import Decoder
+    from mixerlab.lm.run.folder import Run
 
 EXAMPLES = """
 examples:
@@ -49,7 +57,10 @@ def main(arguments: Sequence[str]) -> int:
         help="gradient times input, integrated gradients, MambaLRP (Mamba), path sums (Sessa); default: all that fit",
     )
     parser.add_argument(
-        "--steps", type=at_least(int, 2), default=64, help="of integrated gradients (default: %(default)s)"
+        "--steps",
+        type=at_least(int, 2, 4096),
+        default=64,
+        help="of integrated gradients (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, help="default: the folder `attribution` of the run")
     add_checkpoint(parser)
@@ -65,22 +76,19 @@ def _text(args: argparse.Namespace) -> int:
 
     from mixerlab.lm.attribution import page
     from mixerlab.lm.attribution.explain import choose_methods, one_token, passages, tokens_of
-    from mixerlab.lm.run.folder import Run
     from mixerlab.lm.run.results import results_in
     from mixerlab.options import ConfigError
 
-    run = Run.open(args.run, args.allow_plugins)
-    decoder = run.decoder(args.checkpoint, args.device).double()  # rounding would show in what must add up
-    tokenizer, rows = run.tokenizer(), decoder.embedding.weight.shape[0]
+    run, decoder, tokenizer = _opened(args)
     methods = choose_methods(decoder, args.method)
-    ids = tokens_of(tokenizer, args.text, rows)
+    ids = tokens_of(tokenizer, args.text)
     last = len(ids) - 1
     at = last if args.at is None else args.at
     if not 0 <= at <= last:
         raise ConfigError(f"--at {at}: the text has {len(ids)} tokens; expected 0 to {last}")
     input_ids = torch.tensor(ids[: at + 1], device=args.device)
     if args.target is not None:
-        target, kind = one_token(tokenizer, args.target, rows), "asked for"
+        target, kind = one_token(tokenizer, args.target), "asked for"
     elif at < last:
         target, kind = ids[at + 1], "in the text"
     else:
@@ -91,6 +99,7 @@ def _text(args: argparse.Namespace) -> int:
         pass
 
     found = passages(decoder, tokenizer, input_ids, target, methods, args.steps)
+    rows = decoder.embedding.num_embeddings
     pieces = [*tokenizer.pieces, *[b""] * (rows - tokenizer.vocab_size)]  # an embedding may be padded
     words = [page.shown(pieces[i]) for i in ids[: at + 1]]
     title = f"What counted for {page.shown(pieces[target])!r}, {kind} after token {at}"
@@ -115,7 +124,6 @@ def _faithfulness(args: argparse.Namespace) -> int:
     from mixerlab.lm.attribution.explain import METHODS, choose_methods, relevance_method
     from mixerlab.lm.attribution.faithfulness import DELETED, faithfulness
     from mixerlab.lm.memory.subject import run_subject
-    from mixerlab.lm.run.folder import Run
     from mixerlab.options import ConfigError
 
     for option in ("at", "target", "out"):
@@ -126,12 +134,11 @@ def _faithfulness(args: argparse.Namespace) -> int:
             "--method paths: it says what reaches a layer's output, and not how relevant that is; with --faithfulness "
             "expected gradient, integrated or lrp"
         )
-    run = Run.open(args.run, args.allow_plugins)
+    run, decoder, tokenizer = _opened(args)
     looked_at = run_subject(
         run, length=ROW, sequences=args.faithfulness, checkpoint=args.checkpoint, device=args.device
     )
-    decoder = next(looked_at.decoders()).double()
-    tokenizer, rows = run.tokenizer(), looked_at.tokens.to(args.device)
+    rows = looked_at.tokens.to(args.device)
     n, T = rows.shape
     if n < 2 or T < 3:
         raise ConfigError(
@@ -150,3 +157,28 @@ def _faithfulness(args: argparse.Namespace) -> int:
                 f"difference {found.difference:.3f} ± {found.error:.3f} (95%)"
             )
     return 0
+
+
+def _opened(args: argparse.Namespace) -> tuple[Run, Decoder, TextTokenizer]:
+    """The run, its decoder in float64, since rounding would show in what must add up, and its tokenizer.
+
+    Raises ConfigError.
+    """
+    from mixerlab.lm.run.folder import Run
+    from mixerlab.options import ConfigError
+
+    run = Run.open(args.run, args.allow_plugins)
+    # Fused kernels, which the recipe may name, know neither a CPU nor float64.
+    decoder = run.decoder(args.checkpoint, args.device, auto_backends=True).double()
+    tokenizer, rows = run.tokenizer(), decoder.embedding.num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"run folder {run.path}: its tokenizer has {tokenizer.vocab_size} tokens, and its decoder {rows}; they are "
+            "of different runs"
+        )
+    if not all(bool(weight.isfinite().all()) for weight in decoder.parameters()):
+        raise ConfigError(
+            f"--checkpoint {args.checkpoint}: not all weights of {run.path} are finite there, so nothing can be "
+            "explained; expected another step"
+        )
+    return run, decoder, tokenizer

@@ -173,8 +173,7 @@ class Run:
 
     def hold(self) -> None:
         """Takes the lock until `release`, or the process's end. Raises ConfigError as `lock` does."""
-        lock = self.lock()
-        _held[self.path.resolve()] = lock
+        _held[self.path.resolve()] = self.lock()
 
     def release(self) -> None:
         """Gives up the lock that this process holds, if it does."""
@@ -260,18 +259,20 @@ class Run:
             raise ConfigError(f"run folder {self.path}: it has no tokenizer, so its tokens are not text")
         return tokenizer
 
-    def decoder(self, checkpoint: str | int = "last", device: str | torch.device = "cpu") -> Decoder:
-        """The trained decoder, in evaluation mode.
+    def decoder(
+        self, checkpoint: str | int = "last", device: str | torch.device = "cpu", auto_backends: bool = False
+    ) -> Decoder:
+        """The trained decoder, in evaluation mode; with `auto_backends` for any device and dtype.
 
         `checkpoint` is "last", "best" or a step; it may be of any number of ranks. On a CPU its mixers choose their
         backends, whatever the recipe names for the GPU on which it was trained. Raises ConfigError.
         """
-        checkpoint, device = str(checkpoint), str(device)
-        recipe = with_auto_backends(self.recipe) if device == "cpu" else self.recipe
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"device = {device!r}: no CUDA device is available here; expected cpu")
-        folder = self.checkpoints.named(checkpoint)
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device = {str(device)!r}: no CUDA device is available here; expected cpu")
+        folder = self.checkpoints.named(str(checkpoint))
         check_model(folder, self.recipe)
+        auto_backends = auto_backends or str(device) == "cpu"
+        recipe = with_auto_backends(self.recipe) if auto_backends else self.recipe
         return decoder_of(recipe, read(folder), folder).to(device).eval()
 
     def texts(

@@ -36,7 +36,7 @@ def report(
         print_table(frame, console)
     for line in [*table.verdicts, *table.notes]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    with results_in(to):
+    with results_in(to, "--to"):
         pictures = plots.pictures(table)
         for name, picture in pictures.items():
             (to / f"{name}.svg").write_bytes(picture)

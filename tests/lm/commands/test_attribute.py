@@ -1,12 +1,15 @@
 """mixerlab attribute: what it prints and writes, and what it says to wrong input."""
 
+import math
 import re
 
 import pandas as pd
 import pytest
+import torch
 
 from mixerlab.__main__ import main
 from tiny_runs import TINY, run_dirs, train
+from untrained_runs import ATTENTION, MAMBA, MAMBA2, untrained
 
 
 def attribute(*arguments):
@@ -96,6 +99,62 @@ def test_wrong_input_gets_one_line_that_says_what_works(finished, at_the_root, t
         assert error.count("\n") == 1, error
 
 
+def refusal(capsys, *arguments):
+    """What is said, which is one line."""
+    assert attribute(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
 def test_paths_need_feedback(mamba, capsys):
-    assert attribute(mamba, "--text", "some text", "--method", "paths") == 2
-    assert "no layer of Sessa with feedback" in capsys.readouterr().err
+    error = refusal(capsys, mamba, "--text", "some text", "--method", "paths")
+    assert "no layer of Sessa with feedback" in error
+
+
+def test_bytes_that_are_no_text_are_refused(finished, capsys):
+    run, _ = finished
+    assert "--text 'a\\udcff': it is not UTF-8; expected text" in refusal(capsys, run, "--text", "a\udcff")
+    options = ["--text", "ab", "--target", "\udcff"]
+    assert "--target '\\udcff': it is not UTF-8; expected text" in refusal(capsys, run, *options)
+
+
+def test_more_steps_than_memory_has_room_for_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        attribute("run", "--text", "ab", "--steps", "2000000")
+    assert "--steps: 2000000: expected at least 2 and at most 4096" in capsys.readouterr().err
+
+
+def test_decoders_that_nothing_can_be_said_of_are_refused(tmp_path, capsys):
+    small = untrained(tmp_path / "small", {"mixer": ATTENTION}, rows=200)
+    worst = untrained(
+        tmp_path / "nan", {"mixer": ATTENTION}, change=lambda d: d.norm.weight[3].fill_(math.nan)
+    )
+    for asked in (["--text", "ab"], ["--faithfulness"]):
+        error = refusal(capsys, small.path, *asked)
+        assert "its tokenizer has 257 tokens, and its decoder 200; they are of different runs" in error
+        error = refusal(capsys, worst.path, *asked)
+        assert f"--checkpoint last: not all weights of {worst.path} are finite there" in error
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_reason(finished, capsys, tmp_path):
+    run, _ = finished
+    (tmp_path / "file").write_text("")
+    for folder, reason in {"file": "File exists", "file/in": "Not a directory"}.items():
+        error = refusal(capsys, run, "--text", "ab", "--out", tmp_path / folder)
+        assert f"--out {tmp_path / folder}: it cannot be written: {reason}; expected a folder" in error
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {**MAMBA, "backend": "triton"},
+        {"name": "parallel", "mixers": [ATTENTION, {**MAMBA2, "backend": "mamba_ssm"}]},
+    ],
+    ids=lambda mixer: mixer["name"],
+)
+def test_a_run_trained_by_kernels_of_a_gpu_is_explained_without_one(mixer, tmp_path, capsys):
+    run = untrained(tmp_path, {"mixer": mixer, "mlp": "none"})
+    with pytest.raises(ValueError, match="cannot take this input"):
+        run.decoder()(torch.tensor([[1, 2]]))
+    assert attribute(run.path, "--text", "ab", "--method", "gradient", "--device", "cpu") == 0
