@@ -16,12 +16,14 @@ from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.training.loggers import TensorBoard
 from mixerlab.lm.training.module import LanguageModel
-from mixerlab.options import ConfigError
+from mixerlab.options import first_line
 
 log = logging.getLogger("mixerlab")
 
 LENGTH = 256
-"""Most tokens that are looked at. With the projections it bounds the cost of a plot, whatever the recipe's rows are."""
+"""Most tokens that are looked at. With the projections it bounds the cost of a plot, whatever the recipe's rows are: of
+rows of as many tokens, about 3 to 12 steps of training, by mixer.
+"""
 PROJECTIONS = 4
 """Of each Jacobian: fewer than `mixerlab memory` takes, for a picture."""
 
@@ -48,19 +50,16 @@ class MemoryPlot(Callback):
         self.recipe = recipe
         self.every = recipe.logging.memory_every * recipe.trainer.val_every  # steps
         self.tokens = next(iter(data.val_datasets().values()))[0]["input_ids"][None, :LENGTH]  # (1, T)
-        self.measures = ["routing", "decoder"]
+        self.tries = [["routing", "decoder"], ["routing"]]
         if recipe.strategy.activation_checkpointing != "none" or recipe.trainer.precision == "bf16-true":
             # torch.func cannot differentiate what is recomputed, and bf16 is too coarse for small derivatives.
-            self.measures = ["routing"]
+            self.tries = [["routing"]]
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         step, last = trainer.global_step, trainer.max_steps
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoard)]  # of rank 0 alone
         if not boards or (step % self.every and step < last):
             return
-        from mixerlab.lm.memory import plots  # matplotlib, which other runs need not load
-
-        device, decoder = trainer.strategy.root_device, pl_module.decoder
         subject = _InTraining(
             label=str(self.recipe.name),
             about="in training",
@@ -68,22 +67,36 @@ class MemoryPlot(Callback):
             words=None,
             run=None,
             recipe=self.recipe,
-            device=str(device),
-            decoder=decoder,
+            device=str(trainer.strategy.root_device),
+            decoder=pl_module.decoder,
         )
-        low = decoder.embedding.weight.dtype == torch.bfloat16
-        try:
-            with (
-                torch.inference_mode(False),  # in which a validation may be: nothing there has a gradient
-                torch.autocast(device.type, torch.bfloat16, enabled=low),
-                torch.compiler.set_stance("force_eager"),  # other lengths would be compiled
-            ):
-                curves = measure(subject, self.measures, PROJECTIONS, curves_only=True).curves
-        except ConfigError as error:
-            log.warning("logging.memory_every: no plot: %s", error)
+        why_not = ""
+        for measures in self.tries:
+            try:
+                picture = _picture(subject, measures)
+            except (
+                Exception
+            ) as error:  # of a plug-in's mixer, or of memory: training need not end for a picture
+                why_not = why_not or first_line(error)
+                continue
+            if why_not:
+                log.warning("logging.memory_every: no curve of the decoder's Jacobian: %s", why_not)
+            for board in boards if picture else []:
+                board.log_picture("influence", picture, step)
             return
-        if not curves:  # of a single token
-            return
-        picture = plots.png(plots.influence_figure(curves, [fit(curve) for curve in curves]))
-        for board in boards:
-            board.log_picture("influence", picture, step)
+        log.warning("logging.memory_every: no plot: %s", why_not)
+
+
+def _picture(subject: _InTraining, measures: list[str]) -> bytes:
+    """PNG; nothing of a single token, which has no lag."""
+    from mixerlab.lm.memory import plots  # matplotlib, which other runs need not load
+
+    assert subject.decoder is not None
+    low = subject.decoder.embedding.weight.dtype == torch.bfloat16
+    with (
+        torch.inference_mode(False),  # in which a validation may be: nothing there has a gradient
+        torch.autocast(torch.device(subject.device).type, torch.bfloat16, enabled=low),
+        torch.compiler.set_stance("force_eager"),  # other lengths would be compiled
+    ):
+        curves = measure(subject, measures, PROJECTIONS, curves_only=True).curves
+    return plots.png(plots.influence_figure(curves, [fit(curve) for curve in curves])) if curves else b""

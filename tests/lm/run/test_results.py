@@ -18,6 +18,6 @@ def test_the_folder_is_named_by_its_option_with_the_reason(tmp_path, options, na
 
 def test_so_is_a_file_in_it_that_cannot_be_written(tmp_path):
     (tmp_path / "page.html").mkdir()
-    with pytest.raises(ConfigError, match=r"^--out \S*page\.html: it cannot be written: Is a directory"):
-        with results_in(tmp_path):
-            (tmp_path / "page.html").write_text("")
+    said = r"^--out \S*page\.html: it cannot be written: Is a directory"
+    with pytest.raises(ConfigError, match=said), results_in(tmp_path):
+        (tmp_path / "page.html").write_text("")
