@@ -70,13 +70,11 @@ class MemoryPlot(Callback):
             device=str(trainer.strategy.root_device),
             decoder=pl_module.decoder,
         )
-        why_not = ""
+        why_not = ""  # training need not end for a picture
         for measures in self.tries:
             try:
                 picture = _picture(subject, measures)
-            except (
-                Exception
-            ) as error:  # of a plug-in's mixer, or of memory: training need not end for a picture
+            except Exception as error:  # of a plug-in's mixer, or of memory
                 why_not = why_not or first_line(error)
                 continue
             if why_not:
