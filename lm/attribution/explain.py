@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeGuard
 
 from torch import Tensor
 
 from mixerlab.data import TextTokenizer
 from mixerlab.lm.attribution.mamba_lrp import mamba_lrp, other_mixers
-from mixerlab.lm.attribution.page import Passage
+from mixerlab.lm.attribution.page import Passage, quoted, shown
 from mixerlab.lm.attribution.paths import influence_by_hops, shares
 from mixerlab.lm.attribution.relevance import Relevance, gradient_times_input, integrated_gradients
 from mixerlab.lm.memory.influence import mixer_inputs
@@ -26,11 +27,18 @@ MOST_TOKENS = 2048
 """Of a text: path sums take memory that grows with the square of the length."""
 HOPS = 4
 """Numbers of hops, from 0, that are shown one by one."""
+MOST_MISSING = 0.01
+"""Of the score less the baseline's: integrated gradients that lack more come with a warning."""
+RELEVANCE = "red: for the token; blue: against it"
+INFLUENCE = "the redder, the more of it reaches the last position"
 
 
-def choose_methods(decoder: Decoder, asked: Sequence[str] | None) -> list[str]:
-    """Those asked for, or all that the decoder's mixers have. Raises ConfigError where they have not what is asked."""
-    others = other_mixers(decoder)
+def choose_methods(decoder: Decoder, names: Sequence[str], asked: Sequence[str] | None) -> list[str]:
+    """Those asked for, or all that the decoder's mixers have. Raises ConfigError where they have not what is asked.
+
+    `names` are those of the mixers in the recipe, repeated over depth.
+    """
+    others = other_mixers(decoder, names)
     has_paths = any(_has_paths(block.mixer) for block in decoder.layers)
     if asked is None:
         return ["gradient", "integrated", *(["lrp"] if not others else []), *(["paths"] if has_paths else [])]
@@ -70,7 +78,7 @@ def one_token(tokenizer: TextTokenizer, text: str) -> int:
     """The token that a text is. Raises ConfigError where it is several, or none."""
     ids = _encoded(tokenizer, "--target", text)
     if len(ids) != 1:
-        pieces = ", ".join(show(tokenizer.decode([i])) for i in ids)
+        pieces = ", ".join(quoted(shown(tokenizer.pieces[i])) for i in ids)
         raise ConfigError(f"--target {show(text)}: it is {len(ids)} tokens ({pieces}); expected one")
     return ids[0]
 
@@ -104,7 +112,13 @@ def passages(
             "lrp": f"the biases {relevance.rest:.4g}, missing {relevance.gap:.2g}",
         }[name]
         sentence = f"score {relevance.score:.4g}: tokens {float(relevance.tokens.sum()):.4g}, {rest}"
-        found.append(Passage(METHODS[name], sentence, relevance.tokens.tolist()))
+        warning = ""
+        if name == "integrated" and abs(relevance.gap) > MOST_MISSING * abs(relevance.score - relevance.rest):
+            warning = (
+                f"what is missing is more than {MOST_MISSING:.0%} of what the tokens should add up to, so do not trust "
+                f"them; expected a larger --steps than {steps}"
+            )
+        found.append(Passage(METHODS[name], sentence, RELEVANCE, relevance.tokens.tolist(), warning))
     return found
 
 
@@ -113,7 +127,7 @@ def _paths(decoder: Decoder, input_ids: Tensor) -> list[Passage]:
     found = []
     inputs = mixer_inputs(decoder, input_ids[None])
     for layer, (block, x) in enumerate(zip(decoder.layers, inputs, strict=True), 1):
-        if not isinstance(block.mixer, Sessa) or not _has_paths(block.mixer):
+        if not _has_paths(block.mixer):
             continue
         by_hops = influence_by_hops(block.mixer, x[0])  # (K, H, T)
         share = shares(by_hops).tolist()
@@ -121,12 +135,14 @@ def _paths(decoder: Decoder, input_ids: Tensor) -> list[Passage]:
         mean = sum(k * part for k, part in enumerate(share))
         sentence = f"hops through feedback {several}, more: {sum(share[HOPS:]):.0%}; on average {mean:.2f}"
         title = f"layer {layer} sessa, influence on the last position, routing held"
-        found.append(Passage(title, sentence, by_hops.sum(0).abs().mean(0).tolist()))
+        found.append(Passage(title, sentence, INFLUENCE, by_hops.sum(0).abs().mean(0).tolist()))
         for k, one in enumerate(by_hops[:HOPS]):
             about = f"{share[k]:.1%} of the influence"
-            found.append(Passage(f"layer {layer} sessa, hops: {k}", about, one.abs().mean(0).tolist(), True))
+            values = one.abs().mean(0).tolist()
+            found.append(Passage(f"layer {layer} sessa, hops: {k}", about, INFLUENCE, values, page_only=True))
     return found
 
 
-def _has_paths(mixer: Mixer) -> bool:
-    return isinstance(mixer, Sessa) and mixer.sessa.feedback
+def _has_paths(mixer: Mixer) -> TypeGuard[Sessa]:
+    """Of a class derived from Sessa it is not known."""
+    return type(mixer) is Sessa and mixer.sessa.feedback

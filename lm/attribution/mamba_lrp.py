@@ -8,7 +8,8 @@ What is left is linear in the embedded tokens and the biases together, so that t
 Letters: B batch, T time, D model width, E inner width of Mamba.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,13 @@ def mamba_lrp(decoder: Decoder, input_ids: Tensor, target: int) -> Relevance:
     return Relevance((gradient * x).sum(-1)[0].detach(), rest, value.item())
 
 
-def other_mixers(decoder: Decoder) -> list[str]:
-    """The names of the mixers, of those in the layers, that these rules do not know."""
-    return sorted({type(b.mixer).__name__.lower() for b in decoder.layers if not isinstance(b.mixer, Mamba)})
+def other_mixers(decoder: Decoder, names: Sequence[str]) -> list[str]:
+    """Of the mixers in the layers those that these rules do not know, by name.
+
+    `names` are the recipe's, repeated over depth. A class derived from Mamba may have another forward pass.
+    """
+    layers = zip(decoder.layers, cycle(names), strict=False)
+    return sorted({name for block, name in layers if type(block.mixer) is not Mamba})
 
 
 def _block(block: Block, x: Tensor) -> Tensor:

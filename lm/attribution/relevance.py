@@ -33,7 +33,7 @@ class Relevance:
 
 def direction(decoder: Decoder, target: int) -> Tensor:
     """(D,): its product with what the head gets is the score of the token `target`."""
-    weight = decoder.embedding.weight if decoder.head is None else decoder.head.weight  # (V, D)
+    weight = decoder.head_weight()  # (V, D)
     return (weight[target] - weight.mean(0)).detach()
 
 

@@ -24,6 +24,8 @@ examples:
 
 ROW = 64
 """Tokens of a row of validation text whose tokens are deleted."""
+FEWEST = 8
+"""Such rows: an interval from fewer says little."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         "--faithfulness",
         nargs="?",
         const=32,
-        type=at_least(int, 2),
+        type=at_least(int, FEWEST),
         metavar="ROWS",
         help="delete the most relevant tokens of rows of validation text, and random ones (default: %(const)s rows)",
     )
@@ -80,7 +82,7 @@ def _text(args: argparse.Namespace) -> int:
     from mixerlab.options import ConfigError
 
     run, decoder, tokenizer = _opened(args)
-    methods = choose_methods(decoder, args.method)
+    methods = choose_methods(decoder, _names(run), args.method)
     ids = tokens_of(tokenizer, args.text)
     last = len(ids) - 1
     at = last if args.at is None else args.at
@@ -101,19 +103,23 @@ def _text(args: argparse.Namespace) -> int:
     found = passages(decoder, tokenizer, input_ids, target, methods, args.steps)
     rows = decoder.embedding.num_embeddings
     pieces = [*tokenizer.pieces, *[b""] * (rows - tokenizer.vocab_size)]  # an embedding may be padded
-    words = [page.shown(pieces[i]) for i in ids[: at + 1]]
-    title = f"What counted for {page.shown(pieces[target])!r}, {kind} after token {at}"
+    words = page.words_of([pieces[i] for i in ids[: at + 1]])
+    title = f"What counted for {page.quoted(page.shown(pieces[target]))}, {kind} after token {at}"
+    tokens = [page.shown(pieces[i]) for i in ids[: at + 1]]
     with results_in(folder):
         (folder / "attribution.html").write_text(page.page(title, words, found), encoding="utf-8")
-        (folder / "attribution.csv").write_text(page.table(words, found), encoding="utf-8", newline="")
+        (folder / "attribution.csv").write_text(page.table(tokens, found), encoding="utf-8", newline="")
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(title)
     for passage in found:
         if not passage.page_only:
             console.print(f"\n{passage.title}", style="bold")
             console.print(passage.sentence)
+            if passage.warning:
+                console.print(f"warning: {passage.warning}", style="bold yellow")
+            console.print(passage.legend)
             console.print(page.coloured(words, passage))
-            console.print(f"most: {page.strongest(words, passage.values)}")
+            console.print(f"most: {page.strongest(words, passage)}")
     console.print(f"\n2 files in {folder}; open {folder / 'attribution.html'}")
     return 0
 
@@ -140,15 +146,15 @@ def _faithfulness(args: argparse.Namespace) -> int:
     )
     rows = looked_at.tokens.to(args.device)
     n, T = rows.shape
-    if n < 2 or T < 3:
+    if n < FEWEST or T < 3:
         raise ConfigError(
-            f"--faithfulness: the run's validation split has {n} rows of {T} tokens; expected 2 of 3"
+            f"--faithfulness: the run's validation split has {n} rows of {T} tokens; expected {FEWEST} of 3"
         )
     print(
         f"{looked_at.label} ({n} x {T} tokens: {looked_at.about}): how far the likeliest next token's score falls when "
         f"{DELETED:.0%} of the tokens are deleted"
     )
-    for name in choose_methods(decoder, args.method):
+    for name in choose_methods(decoder, _names(run), args.method):
         if name != "paths":
             method = relevance_method(name, tokenizer, args.steps)
             found = faithfulness(decoder, rows, method, torch.Generator().manual_seed(0))
@@ -157,6 +163,13 @@ def _faithfulness(args: argparse.Namespace) -> int:
                 f"difference {found.difference:.3f} ± {found.error:.3f} (95%)"
             )
     return 0
+
+
+def _names(run: Run) -> list[str]:
+    """Of the mixers in the recipe."""
+    from mixerlab.lm.recipe.check import mixers_of
+
+    return [mixer.name for mixer in mixers_of(run.recipe)]
 
 
 def _opened(args: argparse.Namespace) -> tuple[Run, Decoder, TextTokenizer]:

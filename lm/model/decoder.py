@@ -102,9 +102,7 @@ class Decoder(nn.Module):
         x = self.norm(x)
         # (B, T, V), or the losses
         result = (
-            F.linear(x, self._head_weight())
-            if labels is None
-            else token_losses(x, self._head_weight(), labels)
+            F.linear(x, self.head_weight()) if labels is None else token_losses(x, self.head_weight(), labels)
         )
         return (result, diagnostics) if diagnose else result
 
@@ -113,8 +111,9 @@ class Decoder(nn.Module):
         """The blocks, in order."""
         return cast(list[Block], list(self.blocks))
 
-    def _head_weight(self) -> Tensor:
-        return self.embedding.weight if self.head is None else self.head.weight  # (V, D)
+    def head_weight(self) -> Tensor:
+        """(V, D), the embedding's where they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def init_state(self, batch_size: int, max_len: int) -> list[State]:
         """Empty States, one per layer, for `batch_size` rows of up to `max_len` tokens."""
@@ -130,7 +129,7 @@ class Decoder(nn.Module):
         for block, state in zip(self.layers, states, strict=True):
             x, state = block.extend(x, state)
             after.append(state)
-        return F.linear(self.norm(x), self._head_weight()), after
+        return F.linear(self.norm(x), self.head_weight()), after
 
     def initialize(self, seed: int, only: Container[nn.Module] | None = None) -> None:
         """Draws every parameter anew, or those of the modules in `only`. Values depend on (seed, name) alone.
@@ -165,7 +164,7 @@ class Decoder(nn.Module):
 
     def flops(self, seq_len: int) -> int:
         """Matrix-product FLOPs of one forward sequence; training takes three times that."""
-        total = 2 * seq_len * self._head_weight().numel()
+        total = 2 * seq_len * self.head_weight().numel()
         for block in self.layers:
             mixer = {id(p) for p in block.mixer.parameters()}
             dense = sum(p.numel() for p in block.parameters() if p.ndim == 2 and id(p) not in mixer)

@@ -4,23 +4,18 @@ import pytest
 import torch
 
 import mixerlab.lm.attribution.faithfulness as module
-from mixerlab.lm.attribution.faithfulness import faithfulness
+from mixerlab.lm.attribution.faithfulness import faithfulness, student
 from mixerlab.lm.attribution.mamba_lrp import mamba_lrp
 from mixerlab.lm.attribution.relevance import Relevance, score
 from mixerlab.lm.memory.subject import run_subject
-from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.run.folder import Run
+from small_decoders import decoder_of
 from tiny_runs import places, run_dirs, train
 
 
 @pytest.fixture
 def decoder():
-    decoder = Decoder(11, d_model=8, n_layers=1, mixer="attention").double().eval()
-    decoder.initialize(0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in decoder.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return decoder
+    return decoder_of("attention", 0.3, n_layers=1)
 
 
 ROWS = torch.randint(11, (12, 11), generator=torch.Generator().manual_seed(0))
@@ -69,6 +64,26 @@ def test_as_many_are_deleted_at_random_and_the_last_token_stays(decoder, monkeyp
         assert x.shape == (1 + module.DRAWS, 11 - 2, 8)
         assert (x[:, -1] == decoder.embedding(ids)[-1]).all()
         torch.testing.assert_close(x[0], decoder.embedding(torch.cat((ids[:8], ids[-1:]))))
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(7, 2.3646), (11, 2.2010), (31, 2.0395), (10**6, 1.9600)])
+def test_quantiles_are_those_of_tables(freedom, quantile):
+    assert student(freedom) == pytest.approx(quantile, abs=1e-3)
+
+
+def test_the_interval_is_that_of_students_t(decoder, monkeypatch):
+    """Of falls that are known: of chosen tokens 0 to 7, of random ones 1."""
+    falls = iter(range(8))
+
+    def known(decoder, x, target):
+        return -torch.tensor([float(next(falls)), *[1.0] * module.DRAWS])
+
+    monkeypatch.setattr(module, "score", known)
+    method = lambda decoder, ids, target: Relevance(torch.zeros(len(ids)), 0.0, 0.0)  # noqa: E731
+    found = faithfulness(decoder, ROWS[:8], method, torch.Generator())
+    assert (found.chosen, found.random, found.difference) == (3.5, 1.0, 2.5)
+    # The variance of 0 to 7 is 6, and the 97.5% quantile of t with 7 degrees of freedom 2.3646.
+    assert found.error == pytest.approx(2.3646 * (6 / 8) ** 0.5, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -5,21 +5,16 @@ import torch
 
 from mixerlab.lm.attribution.mamba_lrp import _mix, mamba_lrp, other_mixers
 from mixerlab.lm.attribution.relevance import gradient_times_input
-from mixerlab.lm.model.decoder import Decoder
+from mixerlab.mixers import MIXERS
+from mixerlab.mixers.mamba import Mamba, MambaConfig
+from small_decoders import decoder_of
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5])
 TARGET = 7
 
 
-def decoder_of(**options):
-    """A small decoder of Mamba in float64, its parameters far from special values."""
-    mixer = {"name": "mamba", "d_state": 4, "bias": True}
-    decoder = Decoder(11, **{"d_model": 8, "n_layers": 3, "mixer": mixer, **options}).double().eval()
-    decoder.initialize(0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in decoder.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return decoder
+def mamba_of(**options):
+    return decoder_of(**{"mixer": {"name": "mamba", "d_state": 4, "bias": True}, "n_layers": 3, **options})
 
 
 SHAPES = [
@@ -33,7 +28,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_the_values_are_those_of_the_decoder_and_relevance_is_conserved(options):
-    decoder = decoder_of(**options)
+    decoder = mamba_of(**options)
     with torch.no_grad():
         logits = decoder(IDS[None])[0, -1]
     found = mamba_lrp(decoder, IDS, TARGET)
@@ -45,14 +40,14 @@ def test_the_values_are_those_of_the_decoder_and_relevance_is_conserved(options)
 
 
 def test_relevance_is_conserved_in_float32_too():
-    found = mamba_lrp(decoder_of().float(), IDS, TARGET)
+    found = mamba_lrp(mamba_of().float(), IDS, TARGET)
     scale = float(found.tokens.abs().sum()) + abs(found.rest)
     assert abs(found.gap) < 1e-5 * scale
 
 
 def test_one_mixer_has_the_relevance_of_the_rules_written_out():
     """Half of it through the scan and half through the gate; each term is a product of numbers that are held."""
-    decoder = decoder_of(n_layers=1, mixer={"name": "mamba", "d_state": 4, "conv_bias": True})
+    decoder = decoder_of({"name": "mamba", "d_state": 4, "conv_bias": True}, n_layers=1)
     mixer = decoder.layers[0].mixer
     generator = torch.Generator().manual_seed(2)
     x, v = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (6, 1))
@@ -83,6 +78,13 @@ def test_one_mixer_has_the_relevance_of_the_rules_written_out():
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_mixers_that_are_not_mamba_are_named():
-    assert other_mixers(decoder_of()) == []
-    assert other_mixers(decoder_of(mixer=["mamba", "sessa", "attention"])) == ["attention", "sessa"]
+def test_mixers_that_are_not_mamba_are_named_as_in_the_recipe(monkeypatch):
+    class Backwards(Mamba):
+        def forward(self, x, segment_ids=None):
+            return super().forward(x.flip(1), segment_ids).flip(1)
+
+    monkeypatch.setitem(MIXERS._entries, "my_mamba", (MambaConfig, Backwards))
+    assert other_mixers(mamba_of(), ["mamba"]) == []
+    names = ["mamba", "gated_deltanet", "my_mamba"]
+    assert other_mixers(decoder_of(names, n_layers=3), names) == ["gated_deltanet", "my_mamba"]
+    assert other_mixers(decoder_of(names, n_layers=2), names) == ["gated_deltanet"], "of those in the layers"

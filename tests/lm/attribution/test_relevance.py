@@ -4,21 +4,10 @@ import pytest
 import torch
 
 from mixerlab.lm.attribution.relevance import gradient_times_input, integrated_gradients, score
-from mixerlab.lm.model.decoder import Decoder
+from small_decoders import decoder_of
 
-VOCAB, WIDTH = 11, 8
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2])
 TARGET, BASELINE = 6, 10
-
-
-def decoder_of(mixer, **options):
-    """A small decoder in float64, its parameters far from special values."""
-    decoder = Decoder(VOCAB, d_model=WIDTH, n_layers=2, mixer=mixer, **options).double().eval()
-    decoder.initialize(0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in decoder.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return decoder
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ def test_a_text_is_explained_by_all_methods_that_fit(finished, capsys, tmp_path)
     assert "\nlayer 2 sessa, influence on the last position, routing held\n" in said
     assert "MambaLRP" not in said
     assert said.count("\nsome text\n") == 4, "once for each passage"
+    assert said.count("red: for the token; blue: against it") == 2
+    assert said.count("the redder, the more of it reaches the last position") == 2
     assert "\x1b" not in said, "no colours where there is no terminal"
     table = pd.read_csv(tmp_path / "attribution.csv", keep_default_na=False)
     assert set(table.groupby("passage").size()) == {9}
@@ -68,9 +70,9 @@ def test_the_default_folder_is_in_the_run(mamba, capsys):
 
 
 def test_faithfulness_is_told_of_every_method_that_gives_relevance(mamba, at_the_root, capsys):
-    assert attribute(mamba, "--faithfulness", "2", "--steps", "2") == 0
+    assert attribute(mamba, "--faithfulness", "8", "--steps", "2") == 0
     said = capsys.readouterr().out
-    assert "(2 x 64 tokens: its validation text)" in said
+    assert "(8 x 64 tokens: its validation text)" in said
     for name in ("gradient times input", "integrated gradients", "relevance by MambaLRP"):
         assert re.search(rf"\n  {name}: \S+ for the most relevant, \S+ for random ones; difference ", said)
 
@@ -158,3 +160,46 @@ def test_a_run_trained_by_kernels_of_a_gpu_is_explained_without_one(mixer, tmp_p
     with pytest.raises(ValueError, match="cannot take this input"):
         run.decoder()(torch.tensor([[1, 2]]))
     assert attribute(run.path, "--text", "ab", "--method", "gradient", "--device", "cpu") == 0
+
+
+def test_integrated_gradients_that_lack_much_come_with_a_warning(tmp_path, capsys):
+    def sharp(decoder):
+        decoder.embedding.weight.mul_(20)
+
+    run = untrained(tmp_path, {"mixer": ATTENTION}, change=sharp)
+    options = [run.path, "--text", "some text", "--method", "integrated"]
+    asked = "warning: what is missing is more than 1% of what the tokens should add up to"
+    assert attribute(*options, "--steps", "2") == 0
+    assert f"{asked}, so do not trust them; expected a larger --steps than 2\n" in capsys.readouterr().out
+    html = run.path / "attribution" / "attribution.html"
+    assert "Warning: what is missing" in html.read_text(encoding="utf-8")
+    assert attribute(*options, "--steps", "512") == 0
+    assert "warning" not in capsys.readouterr().out
+    assert "Warning" not in html.read_text(encoding="utf-8")
+
+
+def test_a_character_of_several_tokens_is_shown_whole_but_in_the_table(tmp_path, capsys):
+    run = untrained(tmp_path, {"mixer": ATTENTION})
+    assert attribute(run.path, "--text", "hé!", "--method", "gradient", "--at", "2") == 0
+    said = capsys.readouterr().out
+    assert "What counted for '!', in the text after token 2\n" in said
+    assert "\nhé\n" in said
+    assert "'é' at 1: " in said
+    table = pd.read_csv(run.path / "attribution" / "attribution.csv", keep_default_na=False)
+    assert list(table["token"]) == ["h", "\\xc3", "\\xa9"]
+    assert attribute(run.path, "--text", "hé!", "--method", "gradient", "--at", "0") == 0
+    assert "What counted for '\\xc3', in the text after token 0\n" in capsys.readouterr().out
+    error = refusal(capsys, run.path, "--text", "hé!", "--target", "é")
+    assert "--target 'é': it is 2 tokens ('\\xc3', '\\xa9'); expected one\n" in error
+
+
+def test_mixers_are_named_as_in_the_recipe(tmp_path, capsys):
+    run = untrained(tmp_path, {"mixer": [MAMBA, "gated_deltanet"], "block": "gated"})
+    error = refusal(capsys, run.path, "--text", "ab", "--method", "lrp")
+    assert "and the run has gated_deltanet; expected" in error
+
+
+def test_too_few_rows_for_an_interval_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        attribute("run", "--faithfulness", "7")
+    assert "7: expected at least 8" in capsys.readouterr().err
