@@ -108,6 +108,26 @@ def check_room(longest: int, new: int, max_len: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Contract:
+    """How much of what `mixerlab.mixers.testing` checks a mixer promises; one of other people's kernels promises less."""
+
+    dtype: torch.dtype = torch.float64
+    """The widest in which it computes, and in which it is checked."""
+
+    tolerance: float = 1e-10
+    """Of values that must agree however they are computed, cut or packed; in float64."""
+
+    one_graph: bool = True
+    """Does torch.compile make one graph of it?"""
+
+    counted_flops: bool = True
+    """Does torch's counter see its matrix products, in the form without kernels? `flops` is a formula otherwise."""
+
+    needs_triton: bool = False
+    """Does it run on a GPU alone, or else in Triton's interpreter?"""
+
+
 class Mixer(nn.Module):
     """Maps (B, T, D) to (B, T, D), causally: the output at t depends on inputs up to t alone.
 
@@ -136,6 +156,9 @@ class Mixer(nn.Module):
     """Own parameters (dotted names reach into submodules) whose gradient in evaluation mode is on purpose not
     the output's derivative, such as straight-through estimates: `mixerlab.mixers.testing` does not compare them with
     finite differences."""
+
+    contract: ClassVar[Contract] = Contract()
+    """What it promises, and to which precision."""
 
     output_projection: str | None = None
     """The submodule, a linear map, whose output is the mixer's: initialised smaller with depth where a block adds

@@ -294,6 +294,8 @@ class Registry(Generic[Base]):
         where = f"{self.kind} {entry_point.name!r} of the installed package {package!r}"
         try:
             entry_point.load()
+        except PluginError:  # it says itself what is wrong
+            raise
         except (Exception, SystemExit) as error:  # whatever a plug-in does, the message must name it
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise PluginError(f"{where}: importing {entry_point.value!r} failed: {reason}") from error

@@ -1,0 +1,366 @@
+"""Layers of flash-linear-attention (github.com/fla-org/flash-linear-attention) as mixers.
+
+Their kernels are Triton's: they run on a GPU, in float32 or less. Decoding hands a layer its past through a cache of
+one layer, made anew for each call from tensors of fixed shapes, of which zeros mean that there is no past.
+
+Letters: B batch, T time, D model width, H heads, K key width, P value width, W kernel width of a convolution.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mixerlab.kernels.backend import why_not_triton
+from mixerlab.mixers.mixer import Contract, Mixer, State, check_room
+from mixerlab.mixers.registry import register_mixer
+from mixerlab.mixers.rotary import rotate
+from mixerlab.options import PluginError, UserError, option
+
+try:
+    from fla import layers
+    from fla.modules import ShortConvolution
+    from fla.utils import tensor_cache
+except ModuleNotFoundError as error:
+    if error.name != "fla":
+        raise
+    raise PluginError(
+        "flash-linear-attention is not installed; expected it: pip install 'mixerlab[fla]'"
+    ) from error
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class NoOptions:
+    pass
+
+
+@dataclass
+class HeadsConfig:
+    n_heads: int | None = option(None, "heads; null: as many as are 128 wide, or the largest power of 2", min=1)
+
+    def heads(self, d_model: int) -> int:
+        """The number of heads in a model of width `d_model`."""
+        return self.n_heads or d_model // math.gcd(d_model, 128)
+
+    def problems(self, d_model: int) -> Iterator[tuple[str, str]]:
+        if d_model % (2 * self.heads(d_model)):
+            yield "n_heads", f"twice their number must divide model.d_model = {d_model}"
+
+
+@dataclass
+class SlotsConfig(HeadsConfig):
+    n_slots: int = option(64, "slots of a head's memory", min=1)
+
+
+@dataclass
+class GatedDeltaNetConfig:
+    n_heads: int | None = option(
+        None, "heads; null: as many as make all keys together three quarters of the model's width", min=1
+    )
+    head_dim: int | None = option(
+        None, "key width of a head; null: the largest power of 2 up to 128 that fits", min=1
+    )
+    expand_v: int = option(2, "value width of a head as a multiple of its key width", min=1)
+
+
+@dataclass
+class FlaState(State):
+    memory: Tensor  # (B, ...) float32: (B, H, K, P), (B, H, P, K), or what else a layer has
+    second: Tensor | None  # (B, ...) float32, of a layer with two memories
+    tail_q: Tensor | None  # (B, ...), the last inputs of a convolution, or of the shift of RWKV
+    tail_k: Tensor | None
+    tail_v: Tensor | None
+    max_len: int
+
+
+class _OneLayer:
+    """What a layer asks of fla's cache."""
+
+    def __init__(self, past: dict[str, Any], lengths: Tensor):
+        self.past, self.lengths = past, lengths
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, layer_idx: int) -> dict[str, Any]:
+        return self.past
+
+    def get_seq_length(self, layer_idx: int = 0) -> Tensor:
+        return self.lengths
+
+    def update(self, recurrent_state=None, conv_state=None, **_) -> None:
+        self.past = {"recurrent_state": recurrent_state, "conv_state": conv_state}
+
+
+class FlaMixer(Mixer):
+    """A layer of fla. A subclass says which, with which arguments, and what it remembers."""
+
+    supports_segments = True
+    output_projection = "layer.o_proj"
+    contract = Contract(
+        dtype=torch.float32, tolerance=2e-4, one_graph=False, counted_flops=False, needs_triton=True
+    )
+    layer_class: ClassVar[type[nn.Module]]
+    products: ClassVar[int] = 2
+    """Matrix products with the memory at each position: what is written and what is read."""
+
+    def __init__(self, config: Any, d_model: int, layer_index: int = 0, n_layers: int = 1):
+        super().__init__()
+        self.config, self.d_model = config, d_model
+        self.layer = self._build()
+        for name, module in self.layer.named_modules():
+            own = tuple(name for name, _ in module.named_parameters(recurse=False))
+            if own and not isinstance(module, (nn.Linear, nn.Conv1d)):
+                module.no_decay = module.keep_float32 = own  # norms, gains, decays, steps
+                if not hasattr(module, "reset_parameters"):
+                    module.reset_parameters = functools.partial(self._redraw, name)
+
+    def arguments(self) -> Mapping[str, Any]:
+        """The layer's, beside its width."""
+        return {"num_heads": self.config.heads(self.d_model)}
+
+    def memories(self) -> list[Shape]:
+        """Shapes of what the layer remembers of a row beside its convolutions' inputs: one or two."""
+        return [(self.layer.num_heads, self.layer.head_k_dim, self.layer.head_v_dim)]
+
+    def tails(self) -> list[Shape]:
+        """Shapes of the inputs that it remembers of a row: none, one or three."""
+        convolutions = [m for m in self.layer.children() if isinstance(m, ShortConvolution)]
+        return [(conv.hidden_size, conv.kernel_size[0]) for conv in convolutions]
+
+    def _build(self) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # RWKV's, at each layer
+            return self.layer_class(hidden_size=self.d_model, layer_idx=0, **self.arguments())
+
+    @torch.no_grad()
+    def _redraw(self, path: str) -> None:
+        """Draws a module's own parameters as its constructor does, which has no other way."""
+        with torch.device("cpu"):  # so that the values are the same on every device
+            fresh = self._build().get_submodule(path)
+        for name, parameter in self.layer.get_submodule(path).named_parameters(recurse=False):
+            parameter.copy_(fresh.get_parameter(name))
+
+    def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        self._check_device(x)
+        if segment_ids is None:
+            return self.layer(x)[0]
+        rows = x.reshape(1, -1, self.d_model)  # laid end to end (1, B T, D)
+        return self.layer(rows, cu_seqlens=_bounds(segment_ids))[0].view(x.shape)
+
+    def _check_device(self, x: Tensor) -> None:
+        if reason := why_not_triton(x):
+            raise UserError(f"{type(self).__name__} of flash-linear-attention cannot take this input: {reason}")
+
+    def init_state(self, batch_size, max_len, device=None, dtype=None) -> FlaState:
+        def zeros(shape: Shape, dtype: torch.dtype | None) -> Tensor:
+            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+
+        # In bf16 the sum over a long past would stop growing.
+        memories = [zeros(shape, torch.float32) for shape in self.memories()]
+        tails = [zeros(shape, dtype) for shape in self.tails()]
+        length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return FlaState(length, *_filled(memories, 2), *_filled(tails, 3), max_len=max_len)
+
+    def extend(self, x: Tensor, state: FlaState) -> tuple[Tensor, FlaState]:
+        self._check_device(x)
+        check_room(state.longest, x.shape[1], state.max_len)
+        memories = [m for m in (state.memory, state.second) if m is not None]
+        tails = [t for t in (state.tail_q, state.tail_k, state.tail_v) if t is not None]
+        past = {"recurrent_state": _packed(memories), "conv_state": _packed(tails)}
+        cache = _OneLayer(past, state.length)
+        y = self.layer(x, past_key_values=cache, use_cache=True)[0]
+        new = [
+            after.to(before.dtype)
+            for before, after in zip(
+                [*memories, *tails],
+                [*_unpacked(cache.past["recurrent_state"]), *_unpacked(cache.past["conv_state"])],
+                strict=True,
+            )
+        ]
+        memory, second = _filled(new[: len(memories)], 2)
+        tail_q, tail_k, tail_v = _filled(new[len(memories) :], 3)
+        changes = {"memory": memory, "second": second, "tail_q": tail_q, "tail_k": tail_k, "tail_v": tail_v}
+        return y, state.advanced(x.shape[1], **changes)
+
+    def flops(self, seq_len: int) -> int:
+        linear = sum(m.weight.numel() for m in self.layer.modules() if isinstance(m, nn.Linear))
+        return 2 * seq_len * (linear + self.products * sum(map(math.prod, self.memories())))
+
+    def state_bytes(self, seq_len: int, dtype: torch.dtype) -> int:
+        return 4 * sum(map(math.prod, self.memories())) + dtype.itemsize * sum(map(math.prod, self.tails()))
+
+
+def _filled(tensors: list[Tensor], size: int) -> list[Any]:
+    return [*tensors, *[None] * (size - len(tensors))]
+
+
+def _packed(tensors: list[Tensor]) -> Any:
+    """As fla's cache has them: one tensor, or a tuple of several."""
+    return tuple(tensors) if len(tensors) > 1 else tensors[0] if tensors else None
+
+
+def _unpacked(value: Any) -> list[Tensor]:
+    return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
+
+
+@torch.compiler.disable
+@tensor_cache  # by identity: to find them waits for the device, and all layers are given the same tensor
+def _bounds(segment_ids: Tensor) -> Tensor:
+    """(B, T) -> where documents begin in the rows laid end to end, and B T: (N + 1,) int64."""
+    first = torch.ones_like(segment_ids, dtype=torch.bool)
+    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = first.flatten().nonzero()[:, 0]
+    return torch.cat((starts, starts.new_full((1,), segment_ids.numel())))
+
+
+class _ValuesFirst(FlaMixer):
+    """A layer whose memory is (H, P, K)."""
+
+    def memories(self) -> list[Shape]:
+        return [(self.layer.num_heads, self.layer.head_v_dim, self.layer.head_k_dim)]
+
+
+@register_mixer("deltanet", HeadsConfig)
+class DeltaNet(FlaMixer):
+    """A memory in which the value of a key is replaced (Yang et al., arXiv 2406.06484)."""
+
+    layer_class = layers.DeltaNet
+    products = 3  # what a key finds is read too
+
+
+@register_mixer("fla_gated_deltanet", GatedDeltaNetConfig)
+class FlaGatedDeltaNet(_ValuesFirst):
+    """fla's own layer of what `gated_deltanet` is (Yang et al., arXiv 2412.06464)."""
+
+    layer_class = layers.GatedDeltaNet
+    products = 3
+
+    def arguments(self) -> Mapping[str, Any]:
+        wanted = max(1, 3 * self.d_model // 4)
+        head_dim = self.config.head_dim or math.gcd(wanted, 128)
+        n_heads = self.config.n_heads or max(1, wanted // head_dim)
+        return {"num_heads": n_heads, "head_dim": head_dim, "expand_v": self.config.expand_v}
+
+
+@register_mixer("kda", HeadsConfig)
+class KimiDeltaAttention(_ValuesFirst):
+    """The gated delta rule with a decay for each key channel (Kimi Team, arXiv 2510.26692)."""
+
+    layer_class = layers.KimiDeltaAttention
+    products = 3
+
+    def arguments(self) -> Mapping[str, Any]:
+        heads = self.config.heads(self.d_model)
+        return {"num_heads": heads, "head_dim": self.d_model // heads}
+
+
+@register_mixer("gla", HeadsConfig)
+class GatedLinearAttention(_ValuesFirst):
+    """A memory with a decay for each key channel (Yang et al., arXiv 2312.06635)."""
+
+    layer_class = layers.GatedLinearAttention
+
+
+@register_mixer("hgrn2", HeadsConfig)
+class HGRN2(FlaMixer):
+    """Gated linear attention whose keys are what its decays leave (Qin et al., arXiv 2404.07904)."""
+
+    layer_class = layers.HGRN2Attention
+
+    def arguments(self) -> Mapping[str, Any]:
+        return {"num_heads": self.config.heads(self.d_model), "expand_ratio": None}
+
+    def memories(self) -> list[Shape]:
+        return [(self.layer.num_heads, self.layer.head_i_dim, self.layer.head_f_dim)]
+
+
+@register_mixer("hgrn", NoOptions)
+class HGRN(FlaMixer):
+    """A gated recurrence of each channel alone (Qin et al., arXiv 2311.04823)."""
+
+    layer_class = layers.HGRNAttention
+    products = 0
+
+    def arguments(self) -> Mapping[str, Any]:
+        return {"mode": "fused_recurrent"}  # the other takes no packed documents
+
+    def memories(self) -> list[Shape]:
+        return [(self.layer.input_dim,)]
+
+
+@register_mixer("gsa", SlotsConfig)
+class GatedSlotAttention(FlaMixer):
+    """Attention over a fixed number of slots, that are forgotten and written (Zhang et al., arXiv 2409.07146)."""
+
+    layer_class = layers.GatedSlotAttention
+
+    def arguments(self) -> Mapping[str, Any]:
+        return {**super().arguments(), "num_slots": self.config.n_slots}
+
+    def memories(self) -> list[Shape]:
+        heads, slots = self.layer.num_heads, self.layer.num_slots
+        return [(heads, self.layer.head_k_dim, slots), (heads, slots, self.layer.head_v_dim)]
+
+
+@register_mixer("rwkv6", HeadsConfig)
+class RWKV6(FlaMixer):
+    """The time mixing of Finch (Peng et al., arXiv 2404.05892)."""
+
+    layer_class = layers.RWKV6Attention
+
+    def tails(self) -> list[Shape]:
+        return [(self.d_model,)]
+
+
+@register_mixer("linear_attention", HeadsConfig)
+class LinearAttention(FlaMixer):
+    """A sum over the past, read through elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236) and normed."""
+
+    layer_class = layers.LinearAttention
+
+    def arguments(self) -> Mapping[str, Any]:
+        return {**super().arguments(), "feature_map": "elu"}
+
+
+@register_mixer("retnet", HeadsConfig)
+class Retention(FlaMixer):
+    """A memory with one fixed decay per head, and rotary positions (Sun et al., arXiv 2307.08621)."""
+
+    layer_class = layers.MultiScaleRetention
+
+    def _build(self) -> nn.Module:
+        layer = super()._build()
+        layer.rotary = _Rotary()
+        return layer
+
+
+class _Rotary(nn.Module):
+    """As fla's, which has a table in place of the frequencies, and one position for all rows of a batch."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, seqlen_offset: int | Tensor = 0, max_seqlen=None, cu_seqlens=None
+    ) -> tuple[Tensor, Tensor]:
+        """q, k (B, T, H, K), offsets (B,) -> rotated q and k, their channels in another order."""
+        positions = torch.arange(q.shape[1], device=q.device)[None]  # (1, T)
+        if cu_seqlens is not None:
+            starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=q.shape[1])
+            positions = positions - starts
+        elif isinstance(seqlen_offset, Tensor):
+            positions = positions + seqlen_offset[:, None]  # (B, T)
+
+        def rotated(x: Tensor) -> Tensor:
+            # Channels i and i + K/2 are a pair there; here they are neighbours.
+            pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # (B, T, H, K)
+            return rotate(pairs.transpose(1, 2), positions, 10000.0).transpose(1, 2)
+
+        return rotated(q), rotated(k)
