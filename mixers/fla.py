@@ -151,15 +151,15 @@ class FlaMixer(Mixer):
             parameter.copy_(fresh.get_parameter(name))
 
     def forward(self, x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        self._check_device(x)
         if segment_ids is None:
-            return self.layer(x)[0]
+            return self._run(x)
         rows = x.reshape(1, -1, self.d_model)  # laid end to end (1, B T, D)
-        return self.layer(rows, cu_seqlens=_bounds(segment_ids))[0].view(x.shape)
+        return self._run(rows, cu_seqlens=_bounds(segment_ids)).view(x.shape)
 
-    def _check_device(self, x: Tensor) -> None:
+    def _run(self, x: Tensor, **options: Any) -> Tensor:
         if reason := why_not_triton(x):
             raise UserError(f"{type(self).__name__} of flash-linear-attention cannot take this input: {reason}")
+        return self.layer(x, **options)[0]
 
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> FlaState:
         def zeros(shape: Shape, dtype: torch.dtype | None) -> Tensor:
@@ -172,13 +172,12 @@ class FlaMixer(Mixer):
         return FlaState(length, *_filled(memories, 2), *_filled(tails, 3), max_len=max_len)
 
     def extend(self, x: Tensor, state: FlaState) -> tuple[Tensor, FlaState]:
-        self._check_device(x)
         check_room(state.longest, x.shape[1], state.max_len)
         memories = [m for m in (state.memory, state.second) if m is not None]
         tails = [t for t in (state.tail_q, state.tail_k, state.tail_v) if t is not None]
         past = {"recurrent_state": _packed(memories), "conv_state": _packed(tails)}
         cache = _OneLayer(past, state.length)
-        y = self.layer(x, past_key_values=cache, use_cache=True)[0]
+        y = self._run(x, past_key_values=cache, use_cache=True)
         new = [
             after.to(before.dtype)
             for before, after in zip(
@@ -236,6 +235,12 @@ class DeltaNet(FlaMixer):
 
     layer_class = layers.DeltaNet
     products = 3  # what a key finds is read too
+
+    def _run(self, x: Tensor, **options: Any) -> Tensor:
+        # The kernel by chunks refuses float32; step by step is as exact, and slow.
+        low = torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2
+        self.layer.mode = "chunk" if low else "fused_recurrent"
+        return super()._run(x, **options)
 
 
 @register_mixer("fla_gated_deltanet", GatedDeltaNetConfig)

@@ -1,4 +1,7 @@
-"""Every registered mixer, with its defaults and with options that change what it does, keeps the contract."""
+"""Every mixer of ours, with its defaults and with options that change what it does, keeps the contract.
+
+Those that are imported when they are named, as fla's layers, have tests of their own.
+"""
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from mixerlab.mixers.testing import (
 )
 
 VARIANTS: dict[str, dict] = {
-    **{name: {"name": name} for name in MIXERS.names()},
+    **{name: {"name": name} for name in MIXERS.registered()},
     "attention, grouped, normed": {"name": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
     "attention, wide heads": {"name": "attention", "n_heads": 3, "n_kv_heads": 1, "head_dim": 6},
     "attention, window": {"name": "attention", "n_heads": 2, "window": 4, "bias": True},

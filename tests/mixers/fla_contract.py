@@ -1,0 +1,39 @@
+"""A layer of fla keeps the contract that it declares: `python fla_contract.py NAME`, where TRITON_INTERPRET is 1."""
+
+import sys
+
+import torch
+
+import fla_on_cpu  # noqa: F401  (before fla)
+from mixerlab.mixers import build_mixer
+from mixerlab.mixers.testing import assert_agree, check_mixer, empty_state, inputs_of, prepared
+
+OPTIONS = {"hgrn": {}, "gsa": {"n_heads": 2, "n_slots": 4}}
+
+
+def check_long_rows(factory):
+    """Past 64 positions most layers change from a recurrence to chunks."""
+    mixer = prepared(factory)
+    x = inputs_of(mixer, batch=1, time=80).requires_grad_()
+    wanted = (x, *mixer.parameters())
+    whole = mixer(x)
+    with torch.no_grad():
+        state = empty_state(mixer, x, 1, 80)
+        first, state = mixer.extend(x[:, :40], state)
+        second, state = mixer.extend(x[:, 40:], state)
+    assert_agree(mixer, whole, torch.cat((first, second), dim=1))
+
+    ids = (torch.arange(80) >= 40).long()[None]
+    cotangent = inputs_of(mixer, batch=1, time=80, seed=1)
+    results = []
+    for y in (mixer(x, ids), torch.cat((mixer(x[:, :40]), mixer(x[:, 40:])), dim=1)):
+        results.append([y, *torch.autograd.grad(y, wanted, cotangent)])
+    for packed, apart in zip(*results, strict=True):
+        assert_agree(mixer, packed, apart)
+
+
+if __name__ == "__main__":
+    name = sys.argv[1]
+    spec = {"name": name, **OPTIONS.get(name, {"n_heads": 2})}
+    for check in (check_mixer, check_long_rows):
+        check(lambda d_model: build_mixer(spec, d_model))
