@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -24,7 +24,12 @@ class BackendError(ValueError):
     """The backend asked for does not exist, or cannot take the input."""
 
 
-def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], str | None]]) -> str:
+def choose(
+    operator: str,
+    requested: str,
+    backends: Mapping[str, Callable[[], str | None]],
+    by_name_alone: Container[str] = (),
+) -> str:
     """Name of the backend that runs.
 
     Args:
@@ -32,6 +37,7 @@ def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], st
         requested: a key of `backends`, or "auto": the first that can take the input.
         backends: name -> a function that returns None if that backend can take the input, else the
             reason why not; in order of preference.
+        by_name_alone: those that "auto" passes over.
 
     Raises:
         BackendError: `requested` is unknown, or cannot take the input, or no backend can.
@@ -42,7 +48,7 @@ def choose(operator: str, requested: str, backends: Mapping[str, Callable[[], st
     if wanted != "auto" and wanted not in backends:
         raise BackendError(f"{operator}: unknown backend {wanted!r}, expected one of {['auto', *backends]}")
     refusals = {}
-    for name in backends if wanted == "auto" else [wanted]:
+    for name in [b for b in backends if b not in by_name_alone] if wanted == "auto" else [wanted]:
         reason = backends[name]()
         if reason is None:
             _log_once(operator, requested, name)

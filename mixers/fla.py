@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mixerlab.kernels.backend import why_not_triton
+from mixerlab.kernels.fla import document_bounds
 from mixerlab.mixers.mixer import Contract, Mixer, State, check_room
 from mixerlab.mixers.registry import register_mixer
 from mixerlab.mixers.rotary import rotate
@@ -27,7 +28,6 @@ from mixerlab.options import PluginError, UserError, option
 try:
     from fla import layers
     from fla.modules import ShortConvolution
-    from fla.utils import tensor_cache
 except ModuleNotFoundError as error:
     if error.name != "fla":
         raise
@@ -45,7 +45,9 @@ class NoOptions:
 
 @dataclass
 class HeadsConfig:
-    n_heads: int | None = option(None, "heads; null: as many as are 128 wide, or the largest power of 2", min=1)
+    n_heads: int | None = option(
+        None, "heads; null: as many as are 128 wide, or the largest power of 2", min=1
+    )
 
     def heads(self, d_model: int) -> int:
         """The number of heads in a model of width `d_model`."""
@@ -110,6 +112,8 @@ class FlaMixer(Mixer):
         dtype=torch.float32, tolerance=2e-4, one_graph=False, counted_flops=False, needs_triton=True
     )
     layer_class: ClassVar[type[nn.Module]]
+    values_first: ClassVar[bool] = False
+    """Is the memory (H, P, K) instead of (H, K, P)?"""
     products: ClassVar[int] = 2
     """Matrix products with the memory at each position: what is written and what is read."""
 
@@ -130,7 +134,8 @@ class FlaMixer(Mixer):
 
     def memories(self) -> list[Shape]:
         """Shapes of what the layer remembers of a row beside its convolutions' inputs: one or two."""
-        return [(self.layer.num_heads, self.layer.head_k_dim, self.layer.head_v_dim)]
+        widths = (self.layer.head_k_dim, self.layer.head_v_dim)
+        return [(self.layer.num_heads, *(reversed(widths) if self.values_first else widths))]
 
     def tails(self) -> list[Shape]:
         """Shapes of the inputs that it remembers of a row: none, one or three."""
@@ -154,11 +159,14 @@ class FlaMixer(Mixer):
         if segment_ids is None:
             return self._run(x)
         rows = x.reshape(1, -1, self.d_model)  # laid end to end (1, B T, D)
-        return self._run(rows, cu_seqlens=_bounds(segment_ids)).view(x.shape)
+        return self._run(rows, cu_seqlens=document_bounds(segment_ids)).view(x.shape)
 
+    @torch.compiler.disable  # its kernels would break the graph many times
     def _run(self, x: Tensor, **options: Any) -> Tensor:
         if reason := why_not_triton(x):
-            raise UserError(f"{type(self).__name__} of flash-linear-attention cannot take this input: {reason}")
+            raise UserError(
+                f"{type(self).__name__} of flash-linear-attention cannot take this input: {reason}"
+            )
         return self.layer(x, **options)[0]
 
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> FlaState:
@@ -212,23 +220,6 @@ def _unpacked(value: Any) -> list[Tensor]:
     return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
 
 
-@torch.compiler.disable
-@tensor_cache  # by identity: to find them waits for the device, and all layers are given the same tensor
-def _bounds(segment_ids: Tensor) -> Tensor:
-    """(B, T) -> where documents begin in the rows laid end to end, and B T: (N + 1,) int64."""
-    first = torch.ones_like(segment_ids, dtype=torch.bool)
-    first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = first.flatten().nonzero()[:, 0]
-    return torch.cat((starts, starts.new_full((1,), segment_ids.numel())))
-
-
-class _ValuesFirst(FlaMixer):
-    """A layer whose memory is (H, P, K)."""
-
-    def memories(self) -> list[Shape]:
-        return [(self.layer.num_heads, self.layer.head_v_dim, self.layer.head_k_dim)]
-
-
 @register_mixer("deltanet", HeadsConfig)
 class DeltaNet(FlaMixer):
     """A memory in which the value of a key is replaced (Yang et al., arXiv 2406.06484)."""
@@ -244,10 +235,11 @@ class DeltaNet(FlaMixer):
 
 
 @register_mixer("fla_gated_deltanet", GatedDeltaNetConfig)
-class FlaGatedDeltaNet(_ValuesFirst):
+class FlaGatedDeltaNet(FlaMixer):
     """fla's own layer of what `gated_deltanet` is (Yang et al., arXiv 2412.06464)."""
 
     layer_class = layers.GatedDeltaNet
+    values_first = True
     products = 3
 
     def arguments(self) -> Mapping[str, Any]:
@@ -258,10 +250,11 @@ class FlaGatedDeltaNet(_ValuesFirst):
 
 
 @register_mixer("kda", HeadsConfig)
-class KimiDeltaAttention(_ValuesFirst):
+class KimiDeltaAttention(FlaMixer):
     """The gated delta rule with a decay for each key channel (Kimi Team, arXiv 2510.26692)."""
 
     layer_class = layers.KimiDeltaAttention
+    values_first = True
     products = 3
 
     def arguments(self) -> Mapping[str, Any]:
@@ -270,10 +263,11 @@ class KimiDeltaAttention(_ValuesFirst):
 
 
 @register_mixer("gla", HeadsConfig)
-class GatedLinearAttention(_ValuesFirst):
+class GatedLinearAttention(FlaMixer):
     """A memory with a decay for each key channel (Yang et al., arXiv 2312.06635)."""
 
     layer_class = layers.GatedLinearAttention
+    values_first = True
 
 
 @register_mixer("hgrn2", HeadsConfig)

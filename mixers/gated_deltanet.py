@@ -33,7 +33,7 @@ class GatedDeltaNetConfig:
     expand_v: int = option(2, "value width of a head as a multiple of its key width", min=1)
     d_conv: int = option(4, "positions that the convolution sees", min=1)
     norm_eps: float = option(1e-5, "epsilon of the gated norm", above=0)
-    backend: Literal["auto", "chunked", "reference"] = option(
+    backend: Literal["auto", "fla", "chunked", "reference"] = option(
         "auto", "implementation of the gated delta rule"
     )
 

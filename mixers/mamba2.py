@@ -38,7 +38,7 @@ class Mamba2Config:
     norm_eps: float = option(1e-5, "epsilon of the gated norm", above=0)
     conv_bias: bool = option(True, "bias on the convolution")
     bias: bool = option(False, "biases on the input and output projections")
-    backend: Literal["auto", "mamba_ssm", "chunked", "reference"] = option(
+    backend: Literal["auto", "mamba_ssm", "fla", "chunked", "reference"] = option(
         "auto", "implementation of the SSD operator"
     )
 

@@ -257,9 +257,12 @@ def _check_along_one_direction(run: Callable[..., Tensor], arguments: tuple[Tens
     generator = torch.Generator().manual_seed(3)
     step = 2e-3
     with torch.no_grad():
-        moves = [torch.randn(a.shape, generator=generator).to(a) * a.square().mean().sqrt() for a in arguments]
+        moves = [
+            torch.randn(a.shape, generator=generator).to(a) * a.square().mean().sqrt() for a in arguments
+        ]
         ahead, behind = (
-            run(*(a + sign * step * move for a, move in zip(arguments, moves, strict=True))) for sign in (1, -1)
+            run(*(a + sign * step * move for a, move in zip(arguments, moves, strict=True)))
+            for sign in (1, -1)
         )
     y = run(*arguments)
     cotangent = torch.randn(y.shape, generator=generator).to(y)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mixerlab.kernels.backend import choose
+from mixerlab.kernels.fla import why_not_fla
 from mixerlab.kernels.gated_delta_rule.chunked import gated_delta_rule_chunked
+from mixerlab.kernels.gated_delta_rule.fla_kernel import gated_delta_rule_fla
 from mixerlab.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from mixerlab.kernels.operands import check_chunk_size, check_operands
 
@@ -78,7 +80,8 @@ def gated_delta_rule(
             means zeros.
         segment_ids: (B, T) int64, non-decreasing in each row; nothing flows between segments.
         return_state: also return S after the last position.
-        backend: "auto", "chunked" or "reference". A single position takes one step of the recurrence in each.
+        backend: "auto", "fla" (that package's kernels, on CUDA, outside of torch.compile and torch.func), "chunked" or
+            "reference". A single position takes one step of the recurrence in each.
         chunk_size: positions per chunk of the backend that has chunks; None lets it decide.
 
     Returns:
@@ -90,7 +93,16 @@ def gated_delta_rule(
         ValueError: a shape, dtype or device does not fit, or the backend is unknown.
     """
     _check(q, k, v, log_decay, beta, initial_state, segment_ids, chunk_size)
-    name = choose("gated_delta_rule", backend, {"chunked": lambda: None, "reference": lambda: None})
+    name = choose(
+        "gated_delta_rule",
+        backend,
+        {
+            "fla": lambda: why_not_fla((q, k, v), (log_decay, beta), chunk_size),
+            "chunked": lambda: None,
+            "reference": lambda: None,
+        },
+        by_name_alone=() if q.is_cuda else ("fla",),
+    )
     accumulate = torch.float32
     for operand in (q, k, v, log_decay, beta):
         accumulate = torch.promote_types(accumulate, operand.dtype)
@@ -98,6 +110,8 @@ def gated_delta_rule(
     with torch.autocast(q.device.type, enabled=False):
         if name == "reference" or q.shape[1] == 1:
             y, state = gated_delta_rule_reference(*inputs)
+        elif name == "fla":
+            y, state = gated_delta_rule_fla(q, k, v, log_decay, beta, initial_state, segment_ids)
         else:
             y, state = gated_delta_rule_chunked(*inputs, chunk_size)
     return (y, state) if return_state else y

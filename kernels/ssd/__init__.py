@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mixerlab.kernels.backend import choose
+from mixerlab.kernels.fla import why_not_fla
 from mixerlab.kernels.operands import check_chunk_size, check_operands
 from mixerlab.kernels.ssd.chunked import ssd_chunked
+from mixerlab.kernels.ssd.fla_kernel import ssd_fla
 from mixerlab.kernels.ssd.mamba_ssm_kernel import ssd_mamba_ssm, why_not_mamba_ssm
 from mixerlab.kernels.ssd.reference import ssd_reference
 
@@ -79,8 +81,8 @@ def ssd(
             means zeros.
         segment_ids: (B, T) int64, non-decreasing in each row; nothing flows between segments.
         return_state: also return h after the last position.
-        backend: "auto", "mamba_ssm" (that package's kernels, on CUDA, outside of torch.compile and torch.func),
-            "chunked" or "reference". A single position takes one step of the recurrence in each.
+        backend: "auto", "mamba_ssm" or "fla" (those packages' kernels, on CUDA, outside of torch.compile and
+            torch.func), "chunked" or "reference". A single position takes one step of the recurrence in each.
         chunk_size: positions per chunk of the backends that have chunks; None lets them decide.
 
     Returns:
@@ -97,9 +99,11 @@ def ssd(
         backend,
         {
             "mamba_ssm": lambda: why_not_mamba_ssm(x, dt, A, B_in, C_out, chunk_size),
+            "fla": lambda: why_not_fla((C_out, B_in, x), (dt, A), chunk_size),
             "chunked": lambda: None,
             "reference": lambda: None,
         },
+        by_name_alone=() if x.is_cuda else ("fla",),
     )
     accumulate = torch.float32
     for operand in (x, dt, A, B_in, C_out):
@@ -110,6 +114,8 @@ def ssd(
         elif name == "mamba_ssm":
             y, state = ssd_mamba_ssm(x, dt, A, B_in, C_out, D_skip, initial_state, segment_ids, chunk_size)
             D_skip = None  # its part is in y
+        elif name == "fla":
+            y, state = ssd_fla(x, dt, A, B_in, C_out, initial_state, segment_ids)
         else:
             y, state = ssd_chunked(x, dt, A, B_in, C_out, initial_state, segment_ids, accumulate, chunk_size)
         if D_skip is not None:

@@ -49,10 +49,24 @@ def with_boolean_mask(function, place):
     return wrapped
 
 
+interpreted = InterpreterBuilder.binary_op
+
+
+def binary_op(self, a, b, op):
+    """Of bfloat16 it would be one of the bits."""
+    if a.dtype.scalar != tl.bfloat16:
+        return interpreted(self, a, b, op)
+    result = interpreted(self, *(interpreter.cast(self, x, tl.float32) for x in (a, b)), op)
+    if result.data.dtype == bool:
+        return TensorHandle(result.data, tl.bfloat16)
+    return interpreter.cast(self, result, tl.bfloat16)
+
+
 Autotuner._bench = lambda self, *args, config, **options: [1.0] * 3
 InterpreterBuilder.create_masked_load = with_boolean_mask(InterpreterBuilder.create_masked_load, 1)
 InterpreterBuilder.create_masked_store = with_boolean_mask(InterpreterBuilder.create_masked_store, 2)
 GridExecutor.__call__ = torch.compiler.disable(GridExecutor.__call__)
+InterpreterBuilder.binary_op = binary_op
 interpreter.mend()
 
 import fla.layers  # noqa: E402, F401

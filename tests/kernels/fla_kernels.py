@@ -1,0 +1,84 @@
+"""The backends by fla's kernels against the recurrences in float64, gradients and states included.
+
+On a GPU where there is one, else in Triton's interpreter; TRITON_F32_DEFAULT is ieee. tests/kernels/test_fla.py runs it.
+"""
+
+import os
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import fla_on_cpu  # noqa: F401  (before fla)
+from mixerlab.kernels.gated_delta_rule import gated_delta_rule
+from mixerlab.kernels.ssd import ssd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # in the interpreter bf16 is not right
+BATCH, TIME, HEADS, KEY, VALUE = 2, 70, 2, 6, 4  # two chunks, the second ragged
+DOCUMENTS = torch.stack([torch.arange(TIME) // 66, 5 + (torch.arange(TIME) + 11) // 20]).to(DEVICE)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ssd_inputs():
+    groups = [draw(BATCH, TIME, 1, KEY, seed=seed) for seed in (2, 3)]
+    high = [draw(BATCH, TIME, HEADS, seed=4).sigmoid(), -draw(HEADS, seed=5).exp(), draw(HEADS, seed=6)]
+    return [draw(BATCH, TIME, HEADS, VALUE), *groups], high
+
+
+def run_ssd(low, high, **options):
+    (x, B_in, C_out), (dt, A, D_skip) = low, high
+    return ssd(x, dt, A, B_in, C_out, D_skip, **options)
+
+
+def delta_rule_inputs():
+    q, k = draw(BATCH, TIME, HEADS, KEY, seed=1), normalize(draw(BATCH, TIME, HEADS, KEY, seed=2), dim=-1)
+    high = [-0.1 * draw(BATCH, TIME, HEADS, seed=3).exp(), draw(BATCH, TIME, HEADS, seed=4).sigmoid()]
+    return [q, k, draw(BATCH, TIME, HEADS, VALUE)], high
+
+
+def run_delta_rule(low, high, **options):
+    return gated_delta_rule(*low, *high, **options)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("start", [False, True], ids=["from zeros", "from a state"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (LOW, 2e-2)])
+@pytest.mark.parametrize(
+    ("inputs", "run"), [(ssd_inputs, run_ssd), (delta_rule_inputs, run_delta_rule)], ids=["ssd", "delta rule"]
+)
+def test_equals_the_recurrence_with_all_gradients(inputs, run, dtype, tolerance, start, packed):
+    results = []
+    for backend, wide in (("fla", False), ("reference", True)):
+        low, high = inputs()
+        state = draw(BATCH, HEADS, VALUE, KEY, seed=8)
+        # The first hold numbers that `dtype` can; the rest is float32.
+        low = [x.to(dtype).to(DEVICE, torch.float64 if wide else dtype) for x in low]
+        high = [x.float().to(DEVICE, torch.float64 if wide else torch.float32) for x in (*high, state)]
+        leaves = [x.requires_grad_() for x in (*low, *(high if start else high[:-1]))]
+        options = {"initial_state": high[-1] if start else None, "segment_ids": DOCUMENTS if packed else None}
+        y, last = run(low, high[:-1], return_state=True, backend=backend, **options)
+        loss = (y * draw(*y.shape, seed=9).to(y)).sum() + (last * draw(*last.shape, seed=10).to(last)).sum()
+        results.append([y, last, *torch.autograd.grad(loss, leaves)])
+        assert wide or (y.dtype, last.dtype) == (dtype, torch.float32)
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < tolerance, f"{i}: {error:.3g}"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU it is chosen")
+def test_on_a_cpu_it_runs_by_name_alone(monkeypatch):
+    import mixerlab.kernels.ssd as package
+
+    def refuse(*_):
+        raise AssertionError("chosen on a CPU")
+
+    monkeypatch.setattr(package, "ssd_fla", refuse)
+    low, high = ([x.float() for x in part] for part in ssd_inputs())
+    run_ssd(low, high)
+    with pytest.raises(AssertionError, match="chosen on a CPU"):
+        run_ssd(low, high, backend="fla")
