@@ -1,7 +1,7 @@
 """What the backends by kernels of flash-linear-attention share (github.com/fla-org/flash-linear-attention).
 
-Its kernels are Triton's, and need no compiler. They compute in float32 or less, multiply float32 as TF32 unless Triton is
-told otherwise, take differences of running sums for decays, and have no second derivative.
+Its kernels are Triton's, and need no compiler. They compute in float32 or less, multiply float32 as TF32 unless Triton
+is told otherwise, take differences of running sums for decays, and have no second derivative.
 
 Letters: B batch, T time, H heads, K key width, P value width, N documents of all rows.
 """

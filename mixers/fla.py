@@ -74,21 +74,25 @@ class GatedDeltaNetConfig:
     expand_v: int = option(2, "value width of a head as a multiple of its key width", min=1)
 
 
+MEMORIES, TAILS = ("memory", "second"), ("tail_q", "tail_k", "tail_v")
+
+
 @dataclass
 class FlaState(State):
-    memory: Tensor  # (B, ...) float32: (B, H, K, P), (B, H, P, K), or what else a layer has
-    second: Tensor | None  # (B, ...) float32, of a layer with two memories
-    tail_q: Tensor | None  # (B, ...), the last inputs of a convolution, or of the shift of RWKV
-    tail_k: Tensor | None
-    tail_v: Tensor | None
     max_len: int
+    memory: Tensor  # (B, ...) float32: (B, H, K, P), (B, H, P, K), or what else a layer has
+    second: Tensor | None = None  # (B, ...) float32, of a layer with two memories
+    tail_q: Tensor | None = None  # (B, ...), the last inputs of a convolution, or of the shift of RWKV
+    tail_k: Tensor | None = None
+    tail_v: Tensor | None = None
 
 
 class _OneLayer:
-    """What a layer asks of fla's cache."""
+    """What a layer asks of fla's cache, where one tensor is itself and several are a tuple."""
 
-    def __init__(self, past: dict[str, Any], lengths: Tensor):
-        self.past, self.lengths = past, lengths
+    def __init__(self, memories: tuple[Tensor, ...], tails: tuple[Tensor, ...], lengths: Tensor):
+        memory, tail = (x if len(x) > 1 else x[0] if x else None for x in (memories, tails))
+        self.past, self.lengths = {"recurrent_state": memory, "conv_state": tail}, lengths
 
     def __len__(self) -> int:
         return 1
@@ -96,11 +100,16 @@ class _OneLayer:
     def __getitem__(self, layer_idx: int) -> dict[str, Any]:
         return self.past
 
-    def get_seq_length(self, layer_idx: int = 0) -> Tensor:
+    def get_seq_length(self, layer_idx: int) -> Tensor:
         return self.lengths
 
-    def update(self, recurrent_state=None, conv_state=None, **_) -> None:
+    def update(self, recurrent_state: Any = None, conv_state: Any = None, **_: Any) -> None:
         self.past = {"recurrent_state": recurrent_state, "conv_state": conv_state}
+
+    def tensors(self) -> list[Tensor]:
+        """Memories and tails, in order."""
+        parts = [x if isinstance(x, tuple) else (x,) for x in self.past.values() if x is not None]
+        return [tensor for part in parts for tensor in part]
 
 
 class FlaMixer(Mixer):
@@ -111,6 +120,7 @@ class FlaMixer(Mixer):
     contract = Contract(
         dtype=torch.float32, tolerance=2e-4, one_graph=False, counted_flops=False, needs_triton=True
     )
+    layer: Any
     layer_class: ClassVar[type[nn.Module]]
     values_first: ClassVar[bool] = False
     """Is the memory (H, P, K) instead of (H, K, P)?"""
@@ -142,7 +152,7 @@ class FlaMixer(Mixer):
         convolutions = [m for m in self.layer.children() if isinstance(m, ShortConvolution)]
         return [(conv.hidden_size, conv.kernel_size[0]) for conv in convolutions]
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # RWKV's, at each layer
             return self.layer_class(hidden_size=self.d_model, layer_idx=0, **self.arguments())
@@ -170,33 +180,23 @@ class FlaMixer(Mixer):
         return self.layer(x, **options)[0]
 
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> FlaState:
-        def zeros(shape: Shape, dtype: torch.dtype | None) -> Tensor:
-            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
-
+        tensors: dict[str, Any] = {}
         # In bf16 the sum over a long past would stop growing.
-        memories = [zeros(shape, torch.float32) for shape in self.memories()]
-        tails = [zeros(shape, dtype) for shape in self.tails()]
+        for names, shapes, kind in ((MEMORIES, self.memories(), torch.float32), (TAILS, self.tails(), dtype)):
+            for name, shape in zip(names, shapes, strict=False):
+                tensors[name] = torch.zeros(batch_size, *shape, device=device, dtype=kind)
         length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return FlaState(length, *_filled(memories, 2), *_filled(tails, 3), max_len=max_len)
+        return FlaState(length, max_len, **tensors)
 
     def extend(self, x: Tensor, state: FlaState) -> tuple[Tensor, FlaState]:
         check_room(state.longest, x.shape[1], state.max_len)
-        memories = [m for m in (state.memory, state.second) if m is not None]
-        tails = [t for t in (state.tail_q, state.tail_k, state.tail_v) if t is not None]
-        past = {"recurrent_state": _packed(memories), "conv_state": _packed(tails)}
-        cache = _OneLayer(past, state.length)
+        before = {name: t for name in (*MEMORIES, *TAILS) if (t := getattr(state, name)) is not None}
+        memories, tails = (tuple(before[n] for n in names if n in before) for names in (MEMORIES, TAILS))
+        cache = _OneLayer(memories, tails, state.length)
         y = self._run(x, past_key_values=cache, use_cache=True)
-        new = [
-            after.to(before.dtype)
-            for before, after in zip(
-                [*memories, *tails],
-                [*_unpacked(cache.past["recurrent_state"]), *_unpacked(cache.past["conv_state"])],
-                strict=True,
-            )
-        ]
-        memory, second = _filled(new[: len(memories)], 2)
-        tail_q, tail_k, tail_v = _filled(new[len(memories) :], 3)
-        changes = {"memory": memory, "second": second, "tail_q": tail_q, "tail_k": tail_k, "tail_v": tail_v}
+        changes = {
+            name: new.to(before[name].dtype) for name, new in zip(before, cache.tensors(), strict=True)
+        }
         return y, state.advanced(x.shape[1], **changes)
 
     def flops(self, seq_len: int) -> int:
@@ -205,19 +205,6 @@ class FlaMixer(Mixer):
 
     def state_bytes(self, seq_len: int, dtype: torch.dtype) -> int:
         return 4 * sum(map(math.prod, self.memories())) + dtype.itemsize * sum(map(math.prod, self.tails()))
-
-
-def _filled(tensors: list[Tensor], size: int) -> list[Any]:
-    return [*tensors, *[None] * (size - len(tensors))]
-
-
-def _packed(tensors: list[Tensor]) -> Any:
-    """As fla's cache has them: one tensor, or a tuple of several."""
-    return tuple(tensors) if len(tensors) > 1 else tensors[0] if tensors else None
-
-
-def _unpacked(value: Any) -> list[Tensor]:
-    return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
 
 
 @register_mixer("deltanet", HeadsConfig)
@@ -337,7 +324,7 @@ class Retention(FlaMixer):
 
     layer_class = layers.MultiScaleRetention
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Any:
         layer = super()._build()
         layer.rotary = _Rotary()
         return layer

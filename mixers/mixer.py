@@ -110,7 +110,7 @@ def check_room(longest: int, new: int, max_len: int) -> None:
 
 @dataclass(frozen=True)
 class Contract:
-    """How much of what `mixerlab.mixers.testing` checks a mixer promises; one of other people's kernels promises less."""
+    """What a mixer promises of all that `mixerlab.mixers.testing` checks; with other people's kernels it is less."""
 
     dtype: torch.dtype = torch.float64
     """The widest in which it computes, and in which it is checked."""

@@ -195,7 +195,7 @@ def check_full_state_raises(factory: Factory) -> None:
 
 
 def check_segments(factory: Factory) -> None:
-    """Packed documents equal the same documents run apart, gradients too, to the contract's tolerance; or are refused."""
+    """Packed documents equal the same documents run apart, gradients too, to its tolerance; or are refused."""
     mixer = prepared(factory)
     x = inputs_of(mixer).requires_grad_()
     lengths = [[5, 1, T - 6], [1, 1, 2, T - 4]]
@@ -290,7 +290,7 @@ def check_autocast(factory: Factory) -> None:
 
 
 def check_compile(factory: Factory) -> None:
-    """torch.compile makes one graph of it, or as many as it takes, at two lengths, with the same output and gradient."""
+    """torch.compile makes one graph of it (or more), at two lengths, with the same output and gradient."""
     torch._dynamo.reset()
     mixer = prepared(factory)
     compiled = torch.compile(mixer, fullgraph=mixer.contract.one_graph, backend="aot_eager")
@@ -313,7 +313,7 @@ def check_state_dict(factory: Factory) -> None:
 
 
 def check_flops(factory: Factory) -> None:
-    """`flops` agrees within 2% with torch's counter on the matrix-product form, causal products halved, or is a formula."""
+    """`flops` agrees within 2% with torch's counter on the matrix-product form, causal ones halved; or is a formula."""
     mixer = factory(64).eval()
     if not mixer.contract.counted_flops:
         return

@@ -1,6 +1,6 @@
 """The backends by fla's kernels against the recurrences in float64, gradients and states included.
 
-On a GPU where there is one, else in Triton's interpreter; TRITON_F32_DEFAULT is ieee. tests/kernels/test_fla.py runs it.
+On a GPU where there is one, else in Triton's interpreter; TRITON_F32_DEFAULT is ieee. Run by tests/kernels/test_fla.py.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The backends by kernels of flash-linear-attention. Their numbers are checked by fla_kernels.py, in a process of its own."""
+"""The backends by kernels of flash-linear-attention. Their numbers are checked by fla_kernels.py, by itself."""
 
 import os
 import subprocess
