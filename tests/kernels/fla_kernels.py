@@ -1,9 +1,12 @@
-"""The backends by fla's kernels against the recurrences in float64, gradients and states included.
+"""The backends by fla's kernels against the recurrences in float64, and ours against its naive one.
+
+Gradients, states and packed documents are included.
 
 On a GPU where there is one, else in Triton's interpreter; TRITON_F32_DEFAULT is ieee. Run by tests/kernels/test_fla.py.
 """
 
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,3 +85,52 @@ def test_on_a_cpu_it_runs_by_name_alone(monkeypatch):
     run_ssd(low, high)
     with pytest.raises(AssertionError, match="chosen on a CPU"):
         run_ssd(low, high, backend="fla")
+
+
+class Widened:
+    """torch, whose float32 is float64: the naive reference casts to it."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_the_gated_delta_rule_is_flas_naive_one(backend, packed, monkeypatch):
+    from fla.ops.gated_delta_rule import naive
+
+    monkeypatch.setattr(naive, "torch", Widened())
+    low, high = delta_rule_inputs()
+    leaves = [x.requires_grad_() for x in (*low, *high, draw(BATCH, HEADS, VALUE, KEY, seed=8))]
+    *arguments, state = leaves
+    ids = DOCUMENTS.cpu() if packed else torch.zeros(BATCH, TIME, dtype=torch.int64)
+
+    def theirs():
+        rows = []
+        for row, first in enumerate(state):
+            memory, pieces = first.mT[None], []
+            for start, stop in pairwise([0, *(ids[row].diff().nonzero() + 1).flatten().tolist(), TIME]):
+                memory = memory if start == 0 else torch.zeros_like(memory)
+                q, k, v, log_decay, beta = (x[row : row + 1, start:stop] for x in arguments)
+                y, memory = naive.naive_recurrent_gated_delta_rule(
+                    q, k, v, beta, log_decay, scale=1.0, initial_state=memory, output_final_state=True
+                )
+                pieces.append(y[0])
+            rows.append((torch.cat(pieces), memory[0].mT))
+        return tuple(torch.stack(part) for part in zip(*rows, strict=True))
+
+    ours = gated_delta_rule(
+        *arguments, initial_state=state, segment_ids=ids, return_state=True, backend=backend
+    )
+    results = []
+    for y, last in (ours, theirs()):
+        assert y.dtype == torch.float64
+        loss = (y * draw(*y.shape, seed=9)).sum() + (last * draw(*last.shape, seed=10)).sum()
+        results.append(([y, last], torch.autograd.grad(loss, leaves)))
+    (mine, gradients), (published, expected) = results
+    for a, b in zip(mine, published, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)

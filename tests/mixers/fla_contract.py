@@ -5,6 +5,7 @@ import sys
 import torch
 
 import fla_on_cpu  # noqa: F401  (before fla)
+import mixerlab.mixers.fla  # registers them, installed or not
 from mixerlab.mixers import build_mixer
 from mixerlab.mixers.testing import assert_agree, check_mixer, empty_state, inputs_of, prepared
 
@@ -32,8 +33,18 @@ def check_long_rows(factory):
         assert_agree(mixer, packed, apart)
 
 
+def check_positions(factory):
+    """RetNet's, which are ours, rotate as fla's do."""
+    mixer = prepared(factory)
+    if isinstance(mixer, mixerlab.mixers.fla.Retention):
+        theirs = mixer.layer_class(hidden_size=mixer.d_model, layer_idx=0, **mixer.arguments())
+        theirs.load_state_dict(mixer.layer.state_dict())
+        x = inputs_of(mixer)
+        assert_agree(mixer, mixer(x), theirs.to(x.device)(x)[0])
+
+
 if __name__ == "__main__":
     name = sys.argv[1]
     spec = {"name": name, **OPTIONS.get(name, {"n_heads": 2})}
-    for check in (check_mixer, check_long_rows):
+    for check in (check_mixer, check_long_rows, check_positions):
         check(lambda d_model: build_mixer(spec, d_model))

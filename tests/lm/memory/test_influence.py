@@ -143,7 +143,7 @@ def jacobian_of(mixer, x, t):
     return torch.autograd.functional.jacobian(lambda y: mixer(y[None])[0, t], x)  # (D, T, D)
 
 
-@pytest.mark.parametrize("name", MIXERS.names())
+@pytest.mark.parametrize("name", MIXERS.registered())
 def test_norms_with_as_many_projections_as_features_are_exact(name):
     mixer = double(lambda d: build_mixer(name, d), 8)
     x, t = inputs(1, 12, 8)[0], 9

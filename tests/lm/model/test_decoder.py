@@ -49,7 +49,7 @@ def cases(mixers):
     ]
 
 
-everywhere = pytest.mark.parametrize("layout", cases([*([name] for name in MIXERS.names()), *HYBRIDS]))
+everywhere = pytest.mark.parametrize("layout", cases([*([name] for name in MIXERS.registered()), *HYBRIDS]))
 
 
 def build(**options):

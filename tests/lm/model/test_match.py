@@ -22,7 +22,7 @@ def load(*overrides, recipe=QUICKSTART):
 
 @pytest.mark.parametrize("budget", [3e6, 1e7, 1.3e8])
 @pytest.mark.parametrize("block", ["gated", "transformer"])
-@pytest.mark.parametrize("mixer", [*MIXERS.names(), "[mamba2, sessa]"])
+@pytest.mark.parametrize("mixer", [*MIXERS.registered(), "[mamba2, sessa]"])
 def test_any_mixer_comes_within_a_percent_of_the_budget(mixer, block, budget):
     # With a head of its own, no width of the gated block with `parallel` is within a percent of 3M.
     tied = "model.tie_embeddings=true"

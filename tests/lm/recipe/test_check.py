@@ -52,7 +52,7 @@ BAD = {
     "unknown mixer in a list": (
         ["model.mixer=[sessa,mamba9]"],
         "model.mixer[1] = 'mamba9'",
-        "attention, deltaformer, gated_deltanet",
+        "attention, deltaformer, ",
     ),
     "no mixer at all": (["model.mixer=[]"], "model.mixer = []", "at least one mixer"),
     "unknown option of a mixer": (
