@@ -17,6 +17,7 @@ from mixerlab.mixers.registry import (
     auto_backends,
     build_mixer,
     choose_mixers,
+    needing_triton,
     register_mixer,
     without_segments,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "build_mixer",
     "check_room",
     "choose_mixers",
+    "needing_triton",
     "option",
     "register_mixer",
     "without_segments",

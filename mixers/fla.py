@@ -26,8 +26,11 @@ from mixerlab.mixers.rotary import rotate
 from mixerlab.options import PluginError, UserError, option
 
 try:
-    from fla import layers
-    from fla.modules import ShortConvolution
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # that there is no GPU, as where a recipe is only described
+        from fla import layers
+        from fla.modules import ShortConvolution
 except ModuleNotFoundError as error:
     if error.name != "fla":
         raise
@@ -153,8 +156,7 @@ class FlaMixer(Mixer):
         return [(conv.hidden_size, conv.kernel_size[0]) for conv in convolutions]
 
     def _build(self) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # RWKV's, at each layer
+        with warnings.catch_warnings(action="ignore"):  # RWKV's, at each layer
             return self.layer_class(hidden_size=self.d_model, layer_idx=0, **self.arguments())
 
     @torch.no_grad()

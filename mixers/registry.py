@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -61,11 +61,20 @@ def without_segments(chosen: Choice | list[Choice]) -> list[str]:
 
     `chosen` is what `choose_mixers` returned.
     """
+    return _names_of(chosen, lambda mixer: not mixer.supports_segments)
+
+
+def needing_triton(chosen: Choice | list[Choice]) -> list[str]:
+    """The names of the mixers that run on a GPU alone, or else in Triton's interpreter, at any depth."""
+    return _names_of(chosen, lambda mixer: mixer.contract.needs_triton)
+
+
+def _names_of(chosen: Choice | list[Choice], wanted: Callable[[type[Mixer]], bool]) -> list[str]:
     if isinstance(chosen, list):
-        return [name for choice in chosen for name in without_segments(choice)]
-    names = [] if MIXERS.implementation(chosen.name).supports_segments else [chosen.name]
+        return [name for choice in chosen for name in _names_of(choice, wanted)]
+    names = [chosen.name] if wanted(MIXERS.implementation(chosen.name)) else []
     for field in _mixer_fields(chosen.options):
-        names += without_segments(getattr(chosen.options, field))
+        names += _names_of(getattr(chosen.options, field), wanted)
     return names
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from mixerlab.data import DATA
+from mixerlab.kernels.backend import INTERPRETED
 from mixerlab.lm.recipe.schema import Recipe
-from mixerlab.mixers import auto_backends, choose_mixers, without_segments
+from mixerlab.mixers import auto_backends, choose_mixers, needing_triton, without_segments
 from mixerlab.options import Choice, ConfigError, check_options, report_problems
 
 
@@ -67,6 +68,15 @@ def for_devices(recipe: Recipe, devices: int) -> Recipe:
             "them"
         )
     return replace(recipe, trainer=replace(trainer, accumulate=rows // each))
+
+
+def for_cpu(recipe: Recipe) -> None:
+    """Raises ConfigError for a mixer that a CPU cannot run."""
+    names = [] if INTERPRETED else [name for mixer in mixers_of(recipe) for name in needing_triton(mixer)]
+    if names:
+        raise ConfigError(
+            f"model.mixer: {names[0]!r} runs on a GPU alone, and this would train on a CPU; expected another mixer"
+        )
 
 
 def for_any_devices(recipe: Recipe) -> Recipe:

@@ -30,7 +30,7 @@ from mixerlab.lm.parallel.launch import device_kind, local_devices
 from mixerlab.lm.parallel.processes import World
 from mixerlab.lm.parallel.sharding import keep_freed_memory, make_decoder, make_mesh
 from mixerlab.lm.parallel.strategies import lightning_strategy
-from mixerlab.lm.recipe.check import for_devices
+from mixerlab.lm.recipe.check import for_cpu, for_devices
 from mixerlab.lm.recipe.load import Overrides, load_recipe, to_yaml
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.folder import Run
@@ -146,6 +146,7 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
 def _device(recipe: Recipe, world: World) -> torch.device:
     """This rank's device, made ready. Raises ConfigError."""
     if world.ask_main(lambda: device_kind(recipe.strategy)) == "cpu":
+        world.ask_main(lambda: for_cpu(recipe))
         keep_freed_memory()
         if world.devices > 1 and "OMP_NUM_THREADS" not in os.environ:
             # More threads than cores stand in each other's way.

@@ -14,6 +14,7 @@ from mixerlab.lm.model.decoder import Decoder, spared_parameters
 from mixerlab.mixers import MIXERS, build_mixer
 from mixerlab.mixers.fla import FlaMixer
 from mixerlab.options import UserError
+from tiny_runs import TINY
 
 D = 64
 EACH = pytest.mark.parametrize(
@@ -135,3 +136,13 @@ def test_without_a_gpu_the_input_is_refused_with_the_reason():
 def test_options_that_do_not_fit_are_named(spec, message):
     with pytest.raises(UserError, match=re.escape(message)):
         build_mixer(spec, D)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it trains")
+def test_a_recipe_that_would_train_on_a_cpu_is_refused_before_its_data_are_touched(capsys, tmp_path):
+    mixer = "model.mixer=[identity, {name: selective_attention, below: gla}]"
+    assert main(["train", TINY, mixer, f"data.cache_dir={tmp_path / 'cache'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.mixer: 'gla' runs on a GPU alone")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
