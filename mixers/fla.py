@@ -26,9 +26,7 @@ from mixerlab.mixers.rotary import rotate
 from mixerlab.options import PluginError, UserError, option
 
 try:
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # that there is no GPU, as where a recipe is only described
+    with warnings.catch_warnings(action="ignore"):  # where there is no GPU
         from fla import layers
         from fla.modules import ShortConvolution
 except ModuleNotFoundError as error:
@@ -49,7 +47,7 @@ class NoOptions:
 @dataclass
 class HeadsConfig:
     n_heads: int | None = option(
-        None, "heads; null: as many as are 128 wide, or the largest power of 2", min=1
+        None, "heads; null: each as wide as the largest power of 2 up to 128 that fits", min=1
     )
 
     def heads(self, d_model: int) -> int:
@@ -176,9 +174,7 @@ class FlaMixer(Mixer):
     @torch.compiler.disable  # its kernels would break the graph many times
     def _run(self, x: Tensor, **options: Any) -> Tensor:
         if reason := why_not_triton(x):
-            raise UserError(
-                f"{type(self).__name__} of flash-linear-attention cannot take this input: {reason}"
-            )
+            raise UserError(f"{type(self).__name__} of fla cannot take this input: {reason}")
         return self.layer(x, **options)[0]
 
     def init_state(self, batch_size, max_len, device=None, dtype=None) -> FlaState:
@@ -196,9 +192,8 @@ class FlaMixer(Mixer):
         memories, tails = (tuple(before[n] for n in names if n in before) for names in (MEMORIES, TAILS))
         cache = _OneLayer(memories, tails, state.length)
         y = self._run(x, past_key_values=cache, use_cache=True)
-        changes = {
-            name: new.to(before[name].dtype) for name, new in zip(before, cache.tensors(), strict=True)
-        }
+        pairs = zip(before.items(), cache.tensors(), strict=True)
+        changes = {name: new.to(old.dtype) for (name, old), new in pairs}
         return y, state.advanced(x.shape[1], **changes)
 
     def flops(self, seq_len: int) -> int:

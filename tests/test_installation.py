@@ -148,6 +148,8 @@ def test_commands_work_in_a_folder_with_packages_of_the_same_names(wheels, tmp_p
     command = scratch.bin / "mixerlab"
     assert run(command, "--help", cwd=mine).startswith("usage: mixerlab VERB")
     assert "d_model" in run(command, "describe", "quickstart", cwd=mine)
+    offered = "from mixerlab.mixers import MIXERS as m; print('gla' in m.names(), 'gla' in m.registered())"
+    assert scratch.says(offered) == "True False", "fla's layers are known and not yet imported"
     module = (scratch.python, "-P", "-m", "mixerlab")
     assert run(*module, "train", "quickstart", "--print-config", cwd=mine).startswith("name: quickstart\n")
     assert run(
