@@ -109,7 +109,7 @@ class _OneLayer:
 
     def tensors(self) -> list[Tensor]:
         """Memories and tails, in order."""
-        parts = [x if isinstance(x, tuple) else (x,) for x in self.past.values() if x is not None]
+        parts = [[x] if isinstance(x, Tensor) else x for x in self.past.values() if x is not None]
         return [tensor for part in parts for tensor in part]
 
 
