@@ -12,7 +12,7 @@ def test_the_folder_is_named_by_its_option_with_the_reason(tmp_path, options, na
     folder = tmp_path / "file" / "in"
     with pytest.raises(ConfigError) as caught, results_in(folder, *options):
         pass
-    expected = f"{named} {folder}: it cannot be written: Not a directory; expected a folder that can"
+    expected = f"{named} {folder}: it cannot be written: Not a directory; expected a folder that can be"
     assert str(caught.value) == expected
 
 
