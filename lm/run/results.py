@@ -22,5 +22,6 @@ def results_in(folder: Path, option: str = "--out") -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{option} {error.filename or folder}: it cannot be written: {error.strerror}; expected a folder that can be"
+            f"{option} {error.filename or folder}: it cannot be written: {error.strerror}; expected a folder that can "
+            "be"
         ) from None
