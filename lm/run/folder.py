@@ -262,17 +262,15 @@ class Run:
     def decoder(
         self, checkpoint: str | int = "last", device: str | torch.device = "cpu", auto_backends: bool = False
     ) -> Decoder:
-        """The trained decoder, in evaluation mode; with `auto_backends` for any device and dtype.
+        """The trained decoder, in evaluation mode; with `auto_backends`, or on a CPU, mixers choose their backends.
 
-        `checkpoint` is "last", "best" or a step; it may be of any number of ranks. On a CPU its mixers choose their
-        backends, whatever the recipe names for the GPU on which it was trained. Raises ConfigError.
+        `checkpoint` is "last", "best" or a step; it may be of any number of ranks. Raises ConfigError.
         """
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device = {str(device)!r}: no CUDA device is available here; expected cpu")
         folder = self.checkpoints.named(str(checkpoint))
         check_model(folder, self.recipe)
-        auto_backends = auto_backends or str(device) == "cpu"
-        recipe = with_auto_backends(self.recipe) if auto_backends else self.recipe
+        recipe = with_auto_backends(self.recipe) if auto_backends or str(device) == "cpu" else self.recipe
         return decoder_of(recipe, read(folder), folder).to(device).eval()
 
     def texts(
