@@ -74,7 +74,7 @@ def test_equals_the_recurrence_with_all_gradients(inputs, run, dtype, tolerance,
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU it is chosen")
-def test_on_a_cpu_it_runs_by_name_alone(monkeypatch):
+def test_it_runs_by_name_alone(monkeypatch):
     import mixerlab.kernels.ssd as package
 
     def refuse(*_):
