@@ -9,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixerlab.mixers import MIXERS, build_mixer
 from mixerlab.mixers.identity import Identity, IdentityConfig
+from mixerlab.mixers.mixer import Contract
 from mixerlab.mixers.testing import (
     CHECKS,
+    check_compile,
     check_fixed_routing,
     check_flops,
     check_gradients,
@@ -216,3 +218,29 @@ def test_what_is_spared_must_be_a_parameter_of_the_mixers_own(attribute):
     ):
         with pytest.raises(AssertionError, match=rf"{attribute} of \w+ names no parameter: \{{'{name}'\}}"):
             check_named_parameters(factory)
+
+
+def narrow(base, **promises):
+    return type("Narrow", (base,), {"contract": Contract(dtype=torch.float32, tolerance=1e-5, **promises)})
+
+
+def test_a_wrong_gradient_is_found_in_float32_too():
+    config = IdentityConfig()
+    with pytest.raises(AssertionError, match="relative error"):
+        check_gradients(lambda d: narrow(Rounding)(config, d))
+    check_mixer(lambda d: narrow(DeclaredRounding)(config, d))
+
+
+def test_a_mixer_promises_no_more_than_it_declares():
+    class Broken(Identity):
+        def forward(self, x, segment_ids=None):
+            torch._dynamo.graph_break()
+            return super().forward(x, segment_ids)
+
+        def flops(self, seq_len):
+            return 1
+
+    for check, promise in ((check_compile, "one_graph"), (check_flops, "counted_flops")):
+        with pytest.raises(Exception, match=r"graph_break|1 != 0"):
+            check(lambda d: Broken(IdentityConfig(), d))
+        check(lambda d: narrow(Broken, **{promise: False})(IdentityConfig(), d))  # noqa: B023
