@@ -32,6 +32,13 @@ def test_nothing_that_can_says_why_of_each():
         choose("op", "auto", {"a": lambda: "too long", "b": lambda: "too wide"})
 
 
+def test_auto_passes_over_what_runs_by_name_alone():
+    assert choose("op", "auto", BACKENDS, by_name_alone=("plain",)) == "slow"
+    assert choose("op", "plain", BACKENDS, by_name_alone=("plain",)) == "plain"
+    with use_backend("plain"):
+        assert choose("op", "auto", BACKENDS, by_name_alone=("plain",)) == "plain"
+
+
 def test_use_backend_changes_auto_and_nothing_else():
     with use_backend("slow"):
         assert choose("op", "auto", BACKENDS) == "slow"

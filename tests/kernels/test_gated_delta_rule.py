@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_named(position, wrong, message):
         ({"chunk_size": 0}, "chunk_size is 0"),
         (
             {"backend": "triton"},
-            r"unknown backend 'triton', expected one of \['auto', 'chunked', 'reference'\]",
+            r"unknown backend 'triton', expected one of \['auto', 'fla', 'chunked', 'reference'\]",
         ),
     ],
 )
