@@ -21,9 +21,11 @@ ROOMS = {
     "parallel": ("recipe", "model", "run"),
     "exchange": ("recipe", "model", "run"),
     "training": ("recipe", "model", "run", "memory", "parallel"),
+    "evaluation": ("recipe", "model", "run", "parallel"),
     "sweep": ("recipe", "model", "run", "parallel", "training"),
     "commands": (
-        *("recipe", "model", "run", "memory", "attribution", "parallel", "exchange", "training", "sweep"),
+        *("recipe", "model", "run", "memory", "attribution", "parallel", "exchange", "training"),
+        *("evaluation", "sweep"),
     ),
 }
 """Of lm, in order: what each may import beside itself."""

@@ -27,6 +27,10 @@ TAKES = {
         "--device",
     ],
     "validate": ["RUN", "--checkpoint", "--batches", "--device"],
+    "evaluate": [
+        *("RUN", "--tasks", "--include-path", "--num-fewshot", "--limit", "--batch-size", "--max-length"),
+        *("--checkpoint", "--device", "--devices"),
+    ],
     "describe": ["RECIPE", "key=value", "--mixers", "--lengths"],
     "convert": ["FOLDER", "--to"],
     "export": ["RUN", "--to", "--format", "--max-shard-size", "--checkpoint"],

@@ -23,6 +23,7 @@ from mixerlab.lm.recipe.check import with_auto_backends
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.checkpoint import step_of
 from mixerlab.lm.run.folder import Run
+from mixerlab.lm.run.weights import check_tokens
 from mixerlab.options import ConfigError, first_line, plain
 
 CODE = Path(__file__).with_name("modeling_mixerlab.py")
@@ -49,11 +50,8 @@ def export(
     decoder = run.decoder(str(step)).float()
     tokenizer = run.tokenizer() if run.has_tokenizer else None
     rows = decoder.embedding.num_embeddings
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        raise ConfigError(
-            f"run folder {run.path}: its tokenizer has {tokenizer.vocab_size} tokens, and its decoder {rows}; "
-            "they are of different runs"
-        )
+    if tokenizer is not None:
+        check_tokens(run.path, tokenizer, decoder)
     seq_len = getattr(run.recipe.data.options, "seq_len", 2048)
 
     def write(config: dict[str, Any], weights: dict[str, Tensor]) -> str:

@@ -230,5 +230,5 @@ def _end_with_children(world: World) -> None:
         if lost := world.killed():
             time.sleep(5)  # for this process to notice, and to say more
             if not world.closing:
-                say(f"stopped: {lost}. The checkpoints are whole; continue with resume=auto")
+                say(f"stopped: {lost}. {world.advice}")
                 world.end(1)

@@ -101,6 +101,8 @@ class World:
     signs: int = 0
     doing: str = "starting"
     """What the hang watch publishes: how far this rank has come, how often it gave a sign of life, what it does."""
+    advice: str = "The checkpoints are whole; continue with resume=auto"
+    """What is said where another process was lost."""
     closing: bool = False
     children: list[subprocess.Popen] = field(default_factory=list)
     lasting_store: Any = None  # torchrun's, which outlives an attempt

@@ -37,7 +37,7 @@ from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.checkpoint import Checkpoints, read
 from mixerlab.lm.run.curves import lines_of
 from mixerlab.lm.run.environment import environment
-from mixerlab.lm.run.weights import check_model, decoder_of
+from mixerlab.lm.run.weights import check_model, check_tokens, decoder_of
 from mixerlab.options import ConfigError, UserError, first_line, plain
 from mixerlab.sealed import read_noted, write_noted
 
@@ -285,12 +285,7 @@ class Run:
         Raises ConfigError.
         """
         decoder, tokenizer = self.decoder(checkpoint, device), self.tokenizer()
-        rows = decoder.embedding.weight.shape[0]
-        if tokenizer.vocab_size > rows:
-            raise ConfigError(
-                f"run folder {self.path}: its tokenizer has {tokenizer.vocab_size} tokens, and its decoder {rows}; "
-                "they are of different runs"
-            )
+        check_tokens(self.path, tokenizer, decoder)
         return stream_texts(decoder, tokenizer, prompts, **options)
 
     def generate(

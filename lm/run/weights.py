@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixerlab.data import TextTokenizer
 from mixerlab.lm.model.decoder import Decoder, build_decoder
 from mixerlab.lm.model.precision import to_bf16
 from mixerlab.lm.recipe.load import differing_keys
@@ -68,3 +69,13 @@ def _as_far_as(known: Any, tree: Any) -> Any:
     if isinstance(known, list) and isinstance(tree, list) and len(known) == len(tree):
         return [_as_far_as(a, b) for a, b in zip(known, tree, strict=True)]
     return tree
+
+
+def check_tokens(path: Path, tokenizer: TextTokenizer, decoder: Decoder) -> None:
+    """Raises ConfigError where a run's tokenizer has tokens that its decoder has no row for."""
+    rows = decoder.embedding.num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"run folder {path}: its tokenizer has {tokenizer.vocab_size} tokens, and its decoder {rows}; "
+            "they are of different runs"
+        )

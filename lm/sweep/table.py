@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from mixerlab.lm.run.scores import scores_of
 from mixerlab.lm.sweep.folder import Sweep
 from mixerlab.options import ConfigError, one_of
 
@@ -64,10 +65,8 @@ class Table:
     """Of a line of `runs`: the validation metric by step."""
     verdicts: list[str]
     notes: list[str]
-
-    @property
-    def selection(self) -> str:
-        return f"valid/{self.metric.rpartition('/')[2]}"
+    selection: str
+    """The validation metric by which the optimiser's options are chosen."""
 
     @property
     def datasets(self) -> list[str]:
@@ -82,21 +81,26 @@ def tabulate(sweeps: Sequence[Sweep], metric: str | None = None) -> Table:
     None: that of the test split where there is one, else of validation. Raises ConfigError if no run has finished, or
     none has the metric.
     """
-    runs, curves, metrics = _read(sweeps)
+    runs, curves, metrics, increasing = _read(sweeps)
     finished = runs[runs["state"] == "finished"]
     if finished.empty:
         raise ConfigError(
             f"sweep {', '.join(str(sweep.path) for sweep in sweeps)}: no run has finished, so there is no table yet; "
             f"{counted(runs)}"
         )
-    if metric is None:
-        shared = [name for name, number in metrics.items() if number == len(finished)]
-        metric = next(
-            (f"{d}/{r}" for r in RATES for d in ("test", "valid") if f"{d}/{r}" in shared), "valid/loss"
-        )
+    shared = [name for name, number in metrics.items() if number == len(finished)]
+
+    def rate_of(*datasets: str) -> str:
+        """The first rate of a dataset that all runs have, or the loss of validation."""
+        return next((f"{d}/{r}" for r in RATES for d in datasets if f"{d}/{r}" in shared), "valid/loss")
+
+    metric = rate_of("test", "valid") if metric is None else metric
     if metric not in metrics:
         raise ConfigError(f"--metric {metric}: no run has it; {one_of(metric, metrics)}")
-    table = Table(metric, runs, [], {}, [], [])
+    selection = f"valid/{metric.rpartition('/')[2]}"
+    if metric.startswith("eval/"):  # of `mixerlab evaluate`, whose rates validation has not
+        selection = rate_of("valid")
+    table = Table(metric, runs, [], {}, [], [], selection)
     table.curves = {
         i: curve[table.selection].dropna() for i, curve in curves.items() if table.selection in curve
     }
@@ -104,7 +108,7 @@ def tabulate(sweeps: Sequence[Sweep], metric: str | None = None) -> Table:
     tuned = [key for key in keys if key.startswith(TUNED)]
     varied = [key for key in keys if key not in (SEED, *tuned) and runs[key].nunique() > 1]
     for tried in [group for _, group in finished.groupby(varied, sort=False)] if varied else [finished]:
-        chosen = choose(tried, tuned, table.selection)
+        chosen = choose(tried, tuned, table.selection, table.selection in increasing)
         first = chosen.iloc[0]
         table.rows.append(
             Row({key: first[key] for key in varied}, {key: first[key] for key in tuned}, chosen)
@@ -113,7 +117,7 @@ def tabulate(sweeps: Sequence[Sweep], metric: str | None = None) -> Table:
     table.rows.sort(
         key=lambda row: (
             contexts.index(tuple(row.context.items())),
-            -np.nan_to_num(gain(row.mean(metric), metric), nan=-math.inf),
+            -np.nan_to_num(gain(row.mean(metric), metric in increasing), nan=-math.inf),
         )
     )
     for context in contexts:
@@ -136,13 +140,16 @@ def _keys(sweeps: Sequence[Sweep]) -> list[str]:
     )
 
 
-def _read(sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, dict[int, pd.DataFrame], Counter[str]]:
-    """A line for each point of the sweeps; the logged metrics of those that have finished, and how many have each final
-    one.
+def _read(
+    sweeps: Sequence[Sweep],
+) -> tuple[pd.DataFrame, dict[int, pd.DataFrame], Counter[str], set[str]]:
+    """A line for each point of the sweeps; the logged metrics of those that have finished, how many have each final
+    one, scores of `mixerlab evaluate` included, and of which of these more is better.
     """
     lines: list[dict[str, Any]] = []
     curves: dict[int, pd.DataFrame] = {}
     metrics: Counter[str] = Counter()
+    increasing: set[str] = set()
     names = [sweep.name for sweep in sweeps]
     for sweep in sweeps:
         for label, point in sweep.points.items():
@@ -161,17 +168,22 @@ def _read(sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, dict[int, pd.DataFrame
             run = sweep.run_of(label)
             if status.state == "finished" and run is not None:
                 curve, final = run.metrics(), {k: v for k, v in run.result.items() if k != "steps"}
-                line |= {"training_FLOPs": point.row_flops * point.step_rows * status.step, **final}
+                line |= {"training_FLOPs": point.row_flops * point.step_rows * status.step}
                 line["tokens_per_second"] = curve[SPEED].dropna()[1:].median() if SPEED in curve else math.nan
                 curves[len(lines)] = curve
+                increasing |= {name for name in final if name.endswith("accuracy")}
+                for name, score in scores_of(run).items():
+                    final[name] = score.value
+                    increasing |= {name} if score.higher_is_better else set()
+                line |= final
                 metrics.update(final.keys())
             lines.append(line)
     runs = pd.DataFrame(lines)
     runs[_keys(sweeps)] = runs[_keys(sweeps)].fillna("")
-    return runs, curves, metrics
+    return runs, curves, metrics, increasing
 
 
-def choose(tried: pd.DataFrame, tuned: list[str], selection: str) -> pd.DataFrame:
+def choose(tried: pd.DataFrame, tuned: list[str], selection: str, more_is_better: bool) -> pd.DataFrame:
     """The runs with the optimiser's options whose mean validation metric is best.
 
     Only options with the most finished seeds are looked at: those with fewer may have lost the bad ones.
@@ -182,13 +194,15 @@ def choose(tried: pd.DataFrame, tuned: list[str], selection: str) -> pd.DataFram
     most = max(map(len, settings))
     return max(
         (runs for runs in settings if len(runs) == most),
-        key=lambda runs: np.nan_to_num(gain(runs[selection].mean(skipna=False), selection), nan=-math.inf),
+        key=lambda runs: np.nan_to_num(
+            gain(runs[selection].mean(skipna=False), more_is_better), nan=-math.inf
+        ),
     )
 
 
-def gain(value: float, metric: str) -> float:
+def gain(value: float, more_is_better: bool) -> float:
     """`value` so that more is better."""
-    return value if metric.endswith("accuracy") else -value
+    return value if more_is_better else -value
 
 
 def interval(*samples: NDArray[np.float64]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ VERBS = {
     "report": "compare the runs of a sweep: tables, a picture and a page of HTML",
     "generate": "generate text from a trained run",
     "validate": "validate a trained run on its own data",
+    "evaluate": "score a trained run on tasks of lm-evaluation-harness",
     "describe": "what a recipe costs: parameters, FLOPs, decoding state",
     "convert": "make a run folder from a published checkpoint",
     "export": "make a folder for transformers from a trained run",
