@@ -89,13 +89,13 @@ def evaluate(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap's processes would be copies of this one
     world.moved("looking for the checkpoint")
     step = world.ask_main(lambda: _check(run, str(checkpoint)))
-    found: list[list[Any]] = []
-    world.moved("loading the tasks")
-    world.ask_main(lambda: found.append(find_tasks(tasks, include_path)))  # downloads once
-    chosen = found[0] if found else find_tasks(tasks, include_path)
     world.moved("loading the model")
     decoder, tokenizer = run.decoder(step, device), run.tokenizer()
     check_tokens(run.path, tokenizer, decoder)
+    world.moved("loading the tasks")
+    found: list[list[Any]] = []
+    world.ask_main(lambda: found.append(find_tasks(tasks, include_path)))  # downloads once
+    chosen = found[0] if found else find_tasks(tasks, include_path)
     row: int = getattr(run.recipe.data.options, "seq_len", 2048)
     length = max_length or row
     low = run.recipe.trainer.precision != "32"  # as in validation

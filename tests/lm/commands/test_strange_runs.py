@@ -190,12 +190,13 @@ COMMANDS = {
     "memory of a recipe": lambda run, options: ["memory", run / "recipe.yaml"],
     "sweep": lambda run, options: ["sweep", run / "recipe.yaml", "seed=0,1", *options],
     "report": lambda run, options: ["report", run],
+    "evaluate": lambda run, options: ["evaluate", run, "--tasks", "prose", "--include-path", run],
     "convert": lambda run, options: ["convert", run, "--to", run.parent / "converted"],
     "export": lambda run, options: ["export", run, "--to", run.parent / "exported"],
 }
 """Every command that is given a run folder, or finds one; `keys` takes none."""
 
-READ_WEIGHTS = ("generate", "validate", "memory", "export", "attribute")
+READ_WEIGHTS = ("generate", "validate", "memory", "export", "attribute", "evaluate")
 
 
 def refused(run, options, marker, capsys, command):

@@ -124,6 +124,19 @@ def test_texts_of_different_lengths_go_on_as_each_would_alone(mixer, tokenizer, 
     assert len(answers[unstopped.index(longest)]) < len(longest) > 3
 
 
+def test_generation_ends_where_all_texts_have_come_to_a_stop(tmp_path):
+    model = model_of(tmp_path, ATTENTION, "bytes", max_length=60)
+    prompts = [[1 + i, 2] for i in range(3)]
+    steps = [
+        [int(token) for token in generate(model.decoder, [prompt], 40, temperature=0)] for prompt in prompts
+    ]
+    ends = [chr(next(t for t in row if t < 128)) for row in steps]
+    taken = []
+    model.world.is_at = taken.append
+    model._generate(prompts, [[end] for end in ends], [0, 1, 2], max_new_tokens=40, temperature=0)
+    assert len(taken) == max(row.index(ord(end)) + 1 for row, end in zip(steps, ends, strict=True)) < 40
+
+
 def test_each_task_has_its_own_options_in_one_call(tmp_path):
     model = model_of(tmp_path, ATTENTION)
     arguments = [
