@@ -6,6 +6,7 @@ from typing import Any
 
 from mixerlab.data import DATA
 from mixerlab.kernels.backend import INTERPRETED
+from mixerlab.lm.recipe.loggers import choose_loggers
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.mixers import auto_backends, choose_mixers, needing_triton, without_segments
 from mixerlab.options import Choice, ConfigError, check_options, report_problems
@@ -31,6 +32,7 @@ def check_recipe(raw: Mapping[str, Any], check_data: bool = True) -> Recipe:
             f"logging.memory_every = {recipe.logging.memory_every}: with strategy.name = fsdp no rank has the whole "
             "decoder; expected 0, and `mixerlab memory RUN` afterwards"
         )
+    recipe.logging.loggers = choose_loggers(recipe.logging.loggers, "logging.loggers")
     width = recipe.model.d_model if recipe.model.is_sized else None
     recipe.model.mixer = choose_mixers(recipe.model.mixer, "model.mixer", width)
     recipe.data = DATA.choose(recipe.data, "data")

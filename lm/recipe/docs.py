@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from mixerlab.data import DATA
+from mixerlab.lm.recipe.loggers import LOGGERS
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.mixers import MIXERS
 from mixerlab.options import LIMITS, Choice, in_words
@@ -25,6 +26,9 @@ command line comes last. `--print-config` prints the whole, defaults included.
 A mixer or data module given by name alone (`model.mixer=attention`) replaces the whole section, options
 included; so does another `name` in a mapping. Options of the same name are merged. Another horizon (`steps`,
 `epochs`, `tokens`) replaces the one that the recipe has.
+
+`logging.loggers` is a list of such names and mappings, `[tensorboard, {name: wandb, project: mine}]`: see
+[logging.md](logging.md).
 
 A section `sweep:`, of keys with a list of values each, is for `mixerlab sweep`: see [sweeps.md](sweeps.md).
 
@@ -46,6 +50,9 @@ def recipes_markdown() -> str:
             documented = registry.implementation(name)
             about = (documented.__doc__ or "").partition("\n")[0]
             parts.append(_section(f"{title} `{name}`", key, registry.config_class(name), about=about))
+    for name, schema in LOGGERS.items():
+        about = (schema.__doc__ or "").partition("\n")[0]
+        parts.append(_section(f"Logger `{name}`", "", schema, about=about))
     return "\n".join(parts)
 
 

@@ -212,12 +212,16 @@ class StrategyConfig:
 @dataclass
 class LoggingConfig:
     dir: str = option("runs", "folder under which run folders are made")
+    loggers: list[Choice] = option(
+        ["tensorboard"],
+        "where curves, sample text and pictures go beside metrics.csv: names, or mappings with `name` and options",
+    )
     every: int = option(10, "steps between logged training metrics", min=1)
     sample_prompt: str = option("", "prompt of the sample text written at each validation")
     sample_tokens: int = option(128, "tokens of the sample text; 0: no sample", min=0)
     memory_every: int = option(
         0,
-        "validations between plots of influence against lag in TensorBoard (one more at the end); 0: none",
+        "validations between plots of influence against lag, for the loggers (one more at the end); 0: none",
         min=0,
     )
 

@@ -19,6 +19,7 @@ PLACE = (
     "strategy.",
     "data.cache_dir",
     "data.verify_cache",
+    "logging.loggers",
     *(
         f"trainer.{key}"
         for key in (
@@ -31,7 +32,8 @@ PLACE = (
         )
     ),
 )
-"""Keys that say where and for how long a run trains, not what; the rows of a step must stay as many."""
+"""Keys that say where and for how long a run trains and where it is watched, not what; the rows of a step must stay as
+many."""
 
 MAY_CHANGE = (
     *(

@@ -24,7 +24,7 @@ from mixerlab.lm.recipe.schema import TrainerConfig
 from mixerlab.lm.run.checkpoint import note_validation, read_meta
 from mixerlab.lm.run.folder import Run
 from mixerlab.lm.run.writer import CheckpointError, Writer
-from mixerlab.lm.training.loggers import TensorBoard
+from mixerlab.lm.training.loggers import Board
 from mixerlab.lm.training.module import Batch, LanguageModel
 
 log = logging.getLogger("mixerlab")
@@ -104,7 +104,7 @@ class SampleText(Callback):
         )
         self.latest = self.prompt + "".join(text for _, text in pieces)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoard):
+            if isinstance(logger, Board):
                 logger.log_text("sample", self.latest, trainer.global_step)
 
 

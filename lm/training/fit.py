@@ -47,7 +47,7 @@ from mixerlab.lm.training.callbacks import (
 from mixerlab.lm.training.diagnosis import OutOfMemoryError, is_out_of_memory, memory_advice
 from mixerlab.lm.training.difficulty_plot import DifficultyPlot
 from mixerlab.lm.training.endings import Interruptions
-from mixerlab.lm.training.loggers import CSVMetrics, TensorBoard, compared
+from mixerlab.lm.training.loggers import Board, check_installed, compared, make_loggers
 from mixerlab.lm.training.memory_plot import MemoryPlot
 from mixerlab.lm.training.module import LanguageModel
 from mixerlab.lm.training.prepare import find_start, prepare_data
@@ -109,6 +109,7 @@ def train_with(recipe: Recipe, console: Console, world: World) -> Run:
     deadline = time.monotonic() + recipe.trainer.max_seconds()
     device = _device(recipe, world)
     world.ask_main(lambda: for_devices(recipe, world.size).trainer.accumulate)  # said once if it cannot be
+    world.ask_main(lambda: check_installed(recipe))
     recipe = for_devices(recipe, world.size)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     start, is_done = find_start(recipe, world, say)
@@ -184,8 +185,8 @@ def _fit(t: Training) -> None:
     interruptions = Interruptions(checkpoints, world, t.deadline)
     callbacks = _callbacks(t, decoder, checkpoints, interruptions)
     loggers: list[Logger] = []
-    if world.rank == 0:
-        loggers = [TensorBoard(t.run.path, t.start.step), CSVMetrics(t.run.path / "metrics.csv", t.start)]
+    world.moved("beginning to log")
+    world.ask_main(lambda: loggers.extend(make_loggers(recipe, t.run, t.start)))
     trainer = L.Trainer(
         accelerator="gpu" if t.device.type == "cuda" else "cpu",
         devices=world.devices,
@@ -260,7 +261,7 @@ def _callbacks(
 
 
 def _announce(t: Training, decoder: Decoder, module: LanguageModel, loggers: Sequence[Logger]) -> None:
-    """Says what is about to be trained, on the console and in TensorBoard."""
+    """Says what is about to be trained, on the console and to the loggers."""
     recipe, world, rows = t.recipe, t.world, t.recipe.trainer.step_rows(t.world.size)
     parameters = sum(p.numel() for p in decoder.parameters())
     on = {"cuda": "gpu"}.get(t.device.type, "cpu")
@@ -276,7 +277,7 @@ def _announce(t: Training, decoder: Decoder, module: LanguageModel, loggers: Seq
         soft_wrap=True,
     )
     for logger in loggers:
-        if isinstance(logger, TensorBoard):
+        if isinstance(logger, Board):
             logger.log_text("recipe", to_yaml(recipe), t.start.step)
             rates = [f"{name}/{rate}" for name in module.valid_names for rate in module.rate_names]
             logger.log_comparison(compared(recipe, parameters, t.steps * rows * t.data.seq_len), rates)
@@ -293,8 +294,9 @@ def report(run: Run, sample: str, console: Console) -> None:
     lines = {
         "reached    ": f"after {steps} steps: {' · '.join(rates)}",
         "run folder ": str(run.path),
-        "curves     ": f"tensorboard --logdir {run.path.parent}",
     }
+    if "tensorboard" in [logger.name for logger in run.recipe.logging.loggers]:
+        lines["curves     "] = f"tensorboard --logdir {run.path.parent}"
     if run.has_tokenizer:
         prompt = json.dumps(run.recipe.logging.sample_prompt)
         lines["generate   "] = f"mixerlab generate {run.path} --prompt {prompt}"

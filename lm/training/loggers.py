@@ -1,11 +1,12 @@
-"""Where metrics go: a file of lines that anything can read, and TensorBoard."""
+"""Where metrics go: a file of lines that anything can read, and the loggers that the recipe names."""
 
 import csv
 import io
 import struct
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -14,9 +15,55 @@ from tensorboard.plugins.hparams.summary_v2 import HParam, Metric, hparams_confi
 from mixerlab.lm.recipe.check import mixers_of
 from mixerlab.lm.recipe.schema import Recipe
 from mixerlab.lm.run.curves import lines_of
-from mixerlab.lm.run.folder import writing
+from mixerlab.lm.run.folder import Run, writing
 from mixerlab.lm.run.start import Start
+from mixerlab.options import ConfigError, first_line
 from mixerlab.sealed import write_file
+
+EXTRAS = ("wandb", "mlflow")
+"""Loggers that need a module of their name, which an extra of the same name installs."""
+
+
+@runtime_checkable
+class Board(Protocol):
+    """A logger that shows more than curves."""
+
+    def log_text(self, tag: str, text: str, step: int) -> None: ...
+
+    def log_picture(self, tag: str, png: bytes, step: int) -> None: ...
+
+    def log_comparison(self, values: dict[str, Any], metrics: list[str]) -> None: ...
+
+
+def check_installed(recipe: Recipe) -> None:
+    """Raises ConfigError where a logger's package is not there."""
+    for i, choice in enumerate(recipe.logging.loggers):
+        if choice.name in EXTRAS and find_spec(choice.name) is None:
+            raise ConfigError(
+                f"logging.loggers[{i}] = {choice.name!r}: No module named {choice.name!r}; expected it "
+                f"installed: pip install 'mixerlab[{choice.name}]'"
+            )
+
+
+def make_loggers(recipe: Recipe, run: Run, start: Start) -> list[Logger]:
+    """Those of the recipe and metrics.csv, for rank 0. Raises ConfigError where one cannot begin."""
+    loggers: list[Logger] = []
+    for i, choice in enumerate(recipe.logging.loggers):
+        try:
+            if choice.name == "tensorboard":
+                loggers.append(TensorBoard(run.path, start.step))
+                continue
+            from mixerlab.lm.training.trackers import Mlflow, Wandb
+
+            if choice.name == "wandb":
+                loggers.append(Wandb(choice.options, str(recipe.name), run.path))
+            else:
+                loggers.append(Mlflow(choice.options, str(recipe.name), run.path, start.run is not None))
+        except Exception as error:  # of a server, an account or a version
+            raise ConfigError(
+                f"logging.loggers[{i}] = {choice.name!r}: it cannot begin: {first_line(error)}"
+            ) from error
+    return [*loggers, CSVMetrics(run.path / "metrics.csv", start)]
 
 
 class CSVMetrics(Logger):

@@ -14,7 +14,7 @@ from mixerlab.lm.memory.measure import measure
 from mixerlab.lm.memory.subject import Subject
 from mixerlab.lm.model.decoder import Decoder
 from mixerlab.lm.recipe.schema import Recipe
-from mixerlab.lm.training.loggers import TensorBoard
+from mixerlab.lm.training.loggers import Board
 from mixerlab.lm.training.module import LanguageModel
 from mixerlab.options import first_line
 
@@ -40,7 +40,7 @@ class _InTraining(Subject):
 
 
 class MemoryPlot(Callback):
-    """Adds a picture of influence against lag to TensorBoard before each `memory_every`-th validation and the last.
+    """Adds a picture of influence against lag to the loggers before each `memory_every`-th validation and the last.
 
     Of one sequence, the first of the validation split; documents packed into it see each other. Rank 0 alone does it,
     which has the whole decoder: fsdp is refused with the recipe.
@@ -57,7 +57,7 @@ class MemoryPlot(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         step, last = trainer.global_step, trainer.max_steps
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoard)]  # of rank 0 alone
+        boards = [logger for logger in trainer.loggers if isinstance(logger, Board)]  # of rank 0 alone
         if not boards or (step % self.every and step < last):
             return
         subject = _InTraining(

@@ -131,7 +131,7 @@ def test_generation_ends_where_all_texts_have_come_to_a_stop(tmp_path):
         [int(token) for token in generate(model.decoder, [prompt], 40, temperature=0)] for prompt in prompts
     ]
     ends = [chr(next(t for t in row if t < 128)) for row in steps]
-    taken = []
+    taken: list[str] = []
     model.world.is_at = taken.append
     model._generate(prompts, [[end] for end in ends], [0, 1, 2], max_new_tokens=40, temperature=0)
     assert len(taken) == max(row.index(ord(end)) + 1 for row, end in zip(steps, ends, strict=True)) < 40

@@ -218,8 +218,8 @@ def test_an_unknown_task_is_refused_with_names_that_are_near(run, tasks, capsys,
             include_path=include_path, include_defaults=False
         ),
     )  # the harness' own take seconds to list
-    said = refusal(run, tasks, capsys, "--tasks", "prose,whihc")
-    assert said.startswith("--tasks whihc: no such task; did you mean which? ")
+    said = refusal(run, tasks, capsys, "--tasks", "prose,whichh")
+    assert said.startswith("--tasks whichh: no such task; did you mean which? ")
     assert refusal(run, tasks, capsys, "--tasks", "zzz*").startswith(
         "--tasks zzz*: no such task; `lm_eval ls"
     )
