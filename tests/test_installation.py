@@ -170,7 +170,7 @@ def test_train_py_offers_no_packages_but_mixerlab(tmp_path):
     assert first == "name: quickstart"
 
 
-OPTIONAL = {"mamba_ssm", "fla", "transformers", "lm_eval", "tqdm"}
+OPTIONAL = {"mamba_ssm", "fla", "transformers", "lm_eval", "tqdm", "wandb"}
 """What is used where it is installed, and not asked for; tqdm comes with lm_eval."""
 
 

@@ -1,11 +1,13 @@
 """What Weights & Biases has written into the folder of a run that is offline."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
+Record: Any = vars(wandb_internal_pb2)["Record"]  # made when it is imported
 BLOCK, HEADER = 32768, 7
 
 
@@ -15,6 +17,15 @@ def wandb_files(run: Path) -> list[Path]:
 
 
 def wandb_records(path: Path) -> list[Any]:
+    """All messages of a run that has ended; another process may still be writing them."""
+    began = time.monotonic()
+    while not (found := _records(path)) or found[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+    return found
+
+
+def _records(path: Path) -> list[Any]:
     """Messages in a log of LevelDB's form, behind a header of seven bytes."""
     data, at, parts, found = path.read_bytes(), HEADER, b"", []
     while at + HEADER <= len(data):
@@ -25,7 +36,7 @@ def wandb_records(path: Path) -> list[Any]:
         parts += data[at + HEADER : at + HEADER + length]
         at += HEADER + length
         if kind in (1, 4):  # whole, or the last part of one
-            record = wandb_internal_pb2.Record()
+            record = Record()
             record.ParseFromString(parts)
             found.append(record)
             parts = b""
