@@ -157,20 +157,31 @@ def _strategy(args: argparse.Namespace) -> Any:
             f"--device {args.device}: it is one, but --devices is {args.devices}; expected cuda"
         )
     devices = 1 if number else args.devices
-    return StrategyConfig(accelerator="gpu" if kind == "cuda" else "cpu", devices=devices)
+    # Others wait while the first downloads, of which nothing is heard.
+    return StrategyConfig(accelerator="gpu" if kind == "cuda" else "cpu", devices=devices, timeout=4 * 3600.0)
 
 
 def _device(asked: str, world: Any) -> str:
-    """That of this process."""
+    """That of this process, made ready. Raises ConfigError."""
     import os
 
     import torch
 
-    if world.size > 1 and asked == "cuda":
-        return f"cuda:{world.local_rank}"
-    if world.devices > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.devices))
-    return asked
+    from mixerlab.options import ConfigError
+
+    if world.size == 1:
+        return asked
+    if asked == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.devices))
+        return asked
+    if world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {world.rank}: it should have GPU {world.local_rank} of its machine, but sees "
+            f"{torch.cuda.device_count()}; start as many processes a machine as it has GPUs"
+        )
+    torch.cuda.set_device(world.local_rank)  # for kernels, which run on the current one
+    return f"cuda:{world.local_rank}"
 
 
 def _names(text: str) -> list[str]:
