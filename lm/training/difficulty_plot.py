@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from mixerlab.lm.training.loggers import TensorBoard
+from mixerlab.lm.training.loggers import Board
 from mixerlab.lm.training.module import LanguageModel
 
 
@@ -20,13 +20,13 @@ def difficulties(names: Sequence[str]) -> dict[str, dict[int, str]]:
 
 
 class DifficultyPlot(Callback):
-    """Adds a picture for each kind of difficulty to TensorBoard after each validation."""
+    """Adds a picture for each kind of difficulty to the loggers after each validation."""
 
     def __init__(self, names: Sequence[str]):
         self.difficulties = difficulties(names)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoard)]  # of rank 0 alone
+        boards = [logger for logger in trainer.loggers if isinstance(logger, Board)]  # of rank 0 alone
         if not boards or not self.difficulties:
             return
         from matplotlib.figure import Figure  # which other runs need not load
