@@ -186,7 +186,7 @@ COMMANDS = {
     "train model.match": lambda run, options: ["train", TINY, *options, f"model.match={run / 'recipe.yaml'}"],
     "memory": lambda run, options: ["memory", run],
     "attribute": lambda run, options: ["attribute", run, "--text", "some text"],
-    "attribute --faithfulness": lambda run, options: ["attribute", run, "--faithfulness", "2"],
+    "attribute --faithfulness": lambda run, options: ["attribute", run, "--faithfulness", "8"],
     "memory of a recipe": lambda run, options: ["memory", run / "recipe.yaml"],
     "sweep": lambda run, options: ["sweep", run / "recipe.yaml", "seed=0,1", *options],
     "report": lambda run, options: ["report", run],
