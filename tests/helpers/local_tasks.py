@@ -8,7 +8,7 @@ WHERE = ["mat", "hill", "road", "roof", "lake", "barn"]
 CHOICE = """
 task: which
 dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/which.jsonl}}
+dataset_kwargs: {data_files: {test: FOLDER/which.jsonl}, cache_dir: FOLDER/cache}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{question}}"
@@ -24,7 +24,7 @@ metadata: {version: 1}
 ROLLING = """
 task: prose
 dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/prose.jsonl}}
+dataset_kwargs: {data_files: {test: FOLDER/prose.jsonl}, cache_dir: FOLDER/cache}
 test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -38,7 +38,7 @@ metadata: {version: 2}
 GENERATED = """
 task: finish
 dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/finish.jsonl}}
+dataset_kwargs: {data_files: {test: FOLDER/finish.jsonl}, cache_dir: FOLDER/cache}
 test_split: test
 output_type: generate_until
 doc_to_text: "{{start}}"
