@@ -13,6 +13,8 @@ def test_every_recipe_dry_runs_at_reduced_size(path, capsys, tmp_path):
     rows = {
         "paper_symbol_soup": ["data.min_tokens=40", "data.max_tokens=60"],
         "paper_diffuse_mqar": ["data.lags=[200]"],
+        "small_symbol_soup": [],
+        "small_diffuse_mqar": [],
     }.get(path.stem, ["data.seq_len=32", "data.vocab_size=300"])
     reduced = ["model.d_model=64", "model.n_layers=2", "trainer.batch_size=2", *rows]
     assert train(path, "--dry-run", *reduced, f"logging.dir={tmp_path}") == 0
