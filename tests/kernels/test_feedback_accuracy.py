@@ -11,7 +11,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["not slow", "slow"])  # which run beside each other
 def test_errors_on_a_gpu_or_else_in_the_interpreter(part):
     pytest.importorskip("triton")
     environment = dict(os.environ)

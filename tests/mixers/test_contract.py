@@ -79,7 +79,13 @@ VARIANTS: dict[str, dict] = {
 
 
 CASES = [
-    pytest.param(options, check, id=f"{name}-{check.__name__}")
+    pytest.param(
+        options,
+        check,
+        id=f"{name}-{check.__name__}",
+        # Compiling takes long; each mixer with its defaults is enough for most days.
+        marks=[pytest.mark.slow] if check is check_compile and "," in name else [],
+    )
     for name, options in VARIANTS.items()
     for check in CHECKS
     # The counter sees the whole T x T of a windowed mask; test_attention counts its pairs.

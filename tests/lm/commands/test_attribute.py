@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mixerlab.__main__ import main
+from mixerlab.lm.model.decoder import build_decoder
 from tiny_runs import TINY, run_dirs, train
 from untrained_runs import ATTENTION, MAMBA, MAMBA2, untrained
 
@@ -158,7 +159,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_reason(finished, caps
 def test_a_run_trained_by_kernels_of_a_gpu_is_explained_without_one(mixer, tmp_path, capsys):
     run = untrained(tmp_path, {"mixer": mixer, "mlp": "none"})
     with pytest.raises(ValueError, match="cannot take this input"):
-        run.decoder()(torch.tensor([[1, 2]]))
+        build_decoder(run.recipe, 257)(torch.tensor([[1, 2]]))
     assert attribute(run.path, "--text", "ab", "--method", "gradient", "--device", "cpu") == 0
 
 

@@ -125,6 +125,7 @@ def test_a_state_dict_loads_into_a_fresh_decoder(layout):
     assert torch.equal(fresh(ids), decoder(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"mixer": mixer, **BLOCKS[1]} for mixer in HYBRIDS])
 def test_hybrids_compile_in_one_graph(layout):
     torch._dynamo.reset()
