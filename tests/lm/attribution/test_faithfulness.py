@@ -88,7 +88,8 @@ def test_the_interval_is_that_of_students_t(decoder, monkeypatch):
 
 @pytest.mark.slow
 def test_on_a_trained_mamba_relevance_finds_more_than_chance(tmp_path, at_the_root):
-    options = ["model.mixer=mamba", "trainer.steps=300", "trainer.val_batches=1", "logging.sample_tokens=0"]
+    options = ["model.mixer=mamba", "data.seq_len=64", "trainer.steps=300"]
+    options += ["trainer.val_batches=1", "logging.sample_tokens=0"]
     assert train("quickstart", *options, *places(tmp_path)) == 0
     subject = run_subject(Run(run_dirs(tmp_path, "quickstart")[0]), length=64, sequences=32)
     decoder = next(subject.decoders()).double()
