@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("fla") is None, reason="flash-linear-attention is not installed")
 def test_numbers_agree_on_a_gpu_or_else_in_the_interpreter():
     environment = os.environ | {"TRITON_F32_DEFAULT": "ieee"}
     if not torch.cuda.is_available():

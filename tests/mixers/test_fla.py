@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,6 @@ from mixerlab.options import ConfigError
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 NAMES = re.findall(r'@register_mixer\("(\w+)"', (ROOT / "mixers" / "fla.py").read_text(encoding="utf-8"))
-
-needs_fla = pytest.mark.skipif(find_spec("fla") is None, reason="flash-linear-attention is not installed")
 
 
 def run(*command, interpreted=True):
@@ -54,14 +51,12 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@needs_fla
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layer_keeps_the_contract_that_it_declares(name):
     run(HERE / "fla_contract.py", name)
 
 
 @pytest.mark.slow
-@needs_fla
 @pytest.mark.parametrize(("file", "interpreted"), [("fla_layers.py", False), ("fla_recipes.py", True)])
 def test_the_rest_of_them(file, interpreted):
     run("-m", "pytest", "-q", "-x", HERE / file, interpreted=interpreted)
