@@ -53,9 +53,14 @@ def by_fla(
 
 
 @torch.compiler.disable
-@functools.lru_cache(maxsize=4)  # tensors are equal to themselves alone; all layers are given the same
 def document_bounds(segment_ids: Tensor) -> Tensor:
     """(B, T) -> where documents begin in the rows laid end to end, and B T: (N + 1,) int64. Waits for the device."""
+    return _bounds(segment_ids, 0 if segment_ids.is_inference() else segment_ids._version)
+
+
+@functools.lru_cache(maxsize=4)  # tensors are equal to themselves alone; all layers are given the same
+def _bounds(segment_ids: Tensor, version: int) -> Tensor:
+    """As `document_bounds`. `version` counts the changes in place, after which the bounds are others."""
     first = torch.ones_like(segment_ids, dtype=torch.bool)
     first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = first.flatten().nonzero()[:, 0]

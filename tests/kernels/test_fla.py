@@ -76,3 +76,12 @@ def test_transforms_do_without_it(operator, monkeypatch):
     assert torch.compile(lambda: run(), fullgraph=True, backend="eager")().shape == (1, 3, 1, 4)
     with pytest.raises(ValueError, match=r"no rules for torch\.func"):
         torch.func.vmap(lambda _: run(backend="fla"))(torch.zeros(2))
+
+
+def test_documents_are_found_again_where_segments_change_in_place():
+    segment_ids = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    assert fla.document_bounds(segment_ids).tolist() == [0, 2, 3, 4, 6]
+    segment_ids.zero_()
+    assert fla.document_bounds(segment_ids).tolist() == [0, 3, 6]
+    with torch.inference_mode():
+        assert fla.document_bounds(torch.tensor([[0, 1]])).tolist() == [0, 1, 2]
